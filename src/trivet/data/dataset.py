@@ -1,0 +1,129 @@
+"""Datasets: decoded once into memory, served as floats in [0, 1], known by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trivet.errors import require
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some records.
+
+    Attributes:
+        inputs: [B, C, H, W] float32 in [0, 1].
+        labels: [B] int64 in 0..K-1.
+        index: [B] int64, the position of each record in its dataset.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.inputs.to(device), self.labels.to(device), self.index.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images in memory.
+
+    Attributes:
+        images: [N, C, H, W], uint8 (or float32, then `scale` is 1).
+        labels: [N] int64 in 0..K-1, where K = len(classes).
+        classes: the classes' names, in the order of the labels.
+        name: what figures from it are labelled with, e.g. "CIFAR-10 (JPEG copy)".
+        scale: an input is `images / scale`; 255 for ordinary pixels, 16 for the digits.
+
+    Raises:
+        BadValue: on shapes or types that do not fit, labels outside the classes, or values outside [0, scale].
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    scale: float = 255.0
+
+    def __post_init__(self) -> None:
+        where = f"dataset {self.name!r}"
+        require(self.images.ndim == 4, f"{where}: images must be [N, C, H, W], got {tuple(self.images.shape)}.")
+        require(
+            self.images.dtype in (torch.uint8, torch.float32),
+            f"{where}: images must be uint8 or float32, got {self.images.dtype}; convert them first.",
+        )
+        require(
+            self.labels.shape == self.images.shape[:1] and self.labels.dtype == torch.int64,
+            f"{where}: labels must be int64 [{len(self.images)}], got {self.labels.dtype} {tuple(self.labels.shape)}.",
+        )
+        if len(self.labels):
+            low, high = int(self.labels.min()), int(self.labels.max())
+            require(
+                0 <= low and high < len(self.classes),
+                f"{where}: labels run from {low} to {high}, but there are {len(self.classes)} classes (0 to "
+                f"{len(self.classes) - 1}); relabel them from 0 or name all classes.",
+            )
+            smallest, largest = float(self.images.min()), float(self.images.max())
+            # Written so that NaN, which compares false with everything, is refused too.
+            require(
+                0.0 <= smallest and largest <= self.scale,
+                f"{where}: pixel values run from {smallest:g} to {largest:g}, outside the declared range 0 to "
+                f"{self.scale:g}; rescale them, and leave normalisation to the model.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The records at `index` [B] int64, as floats in [0, 1]."""
+        return Batch(self.images[index].float() / self.scale, self.labels[index], index)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All records in order, `size` at a time."""
+        for index in torch.arange(len(self)).split(size):
+            yield self.batch(index)
+
+    def select(self, index: Tensor | slice) -> Dataset:
+        """A dataset of some of the records."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def digest(self) -> str:
+        """SHA-256 over shapes, pixels and labels: what a privacy ledger or a claim knows the records by."""
+        sha = hashlib.sha256(repr((tuple(self.images.shape), str(self.images.dtype), self.scale)).encode())
+        sha.update(self.images.contiguous().numpy().data)
+        sha.update(self.labels.contiguous().numpy().data)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A training and a test part with the same classes and input shape."""
+
+    train: Dataset
+    test: Dataset
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.input_shape == self.test.input_shape and self.train.classes == self.test.classes,
+            f"training and test parts differ: inputs {self.train.input_shape} and {self.test.input_shape}, "
+            f"{self.train.num_classes} and {self.test.num_classes} classes.",
+        )

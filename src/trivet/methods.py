@@ -1,0 +1,167 @@
+"""The register of methods: one decorator, and a method is known to recipes, the command line and the docs.
+
+    @method(title="TRADES", paper="Zhang et al., ICML 2019", year=2019, legs="robust")
+    @dataclass(frozen=True)
+    class Trades(Objective): ...
+
+A method is a dataclass, or a function with typed arguments, in a room (a sub-package) of Trivet. Rooms are scanned,
+not listed: a new file in a room is a new method, with no other file to touch. Its arguments are the fields a recipe
+may set; they are validated with pydantic against their annotations, unknown ones are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from trivet.errors import BadValue
+
+Leg = Literal["robust", "private", "small"]
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+ROOMS = ("data", "models", "threats", "certify", "privacy", "compression", "objectives", "training", "audit")
+_LEGS: tuple[Leg, ...] = ("robust", "private", "small")
+_METHODS: dict[tuple[str, str], Method] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the register knows of one method. `name` is how recipes call it; `make` builds it from its settings."""
+
+    name: str
+    room: str
+    title: str
+    paper: str
+    year: int | None
+    legs: tuple[Leg, ...]
+    note: str
+    make: Callable[..., Any]
+
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """The arguments a recipe may give, by name."""
+        return dict(inspect.signature(self.make).parameters)
+
+
+def method(
+    *, title: str, paper: str = "", year: int | None = None, legs: str = "", name: str = "", note: str = ""
+) -> Callable[[Made], Made]:
+    """Register the decorated dataclass or function under `name` (default: its own name in snake case).
+
+    Args:
+        title: the name the field uses, e.g. "PGD adversarial training".
+        paper: authors and venue, empty for what no paper owns.
+        year: of the paper.
+        legs: which of "robust private small" it serves, separated by spaces.
+        note: what a user must know before trusting it ("reconstruction", "historical: broken by …").
+    """
+    served = tuple(leg for leg in _LEGS if leg in legs.split())
+
+    def register(made: Made) -> Made:
+        room = made.__module__.split(".")[1]
+        key = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made.__name__).lower()
+        if isinstance(made, type):
+            # Read by pydantic when a recipe is validated: unknown fields are errors, protocols are checked by type.
+            made.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
+        other = _METHODS.get((room, key))
+        if other is not None and other.make.__module__ != made.__module__:
+            raise BadValue(f"{made.__module__} and {other.make.__module__} both register {key!r} in {room}.")
+        _METHODS[room, key] = Method(key, room, title, paper, year, served, note, made)
+        return made
+
+    return register
+
+
+@cache
+def _scan(room: str) -> None:
+    package = importlib.import_module(f"trivet.{room}")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def methods(room: str | None = None) -> list[Method]:
+    """All registered methods, or those of one room, in order of room and name."""
+    for each in (room,) if room else ROOMS:
+        _scan(each)
+    return [
+        _METHODS[key] for key in sorted(_METHODS, key=lambda k: (ROOMS.index(k[0]), k[1])) if room in (None, key[0])
+    ]
+
+
+def find(room: str, name: str) -> Method:
+    """The method called `name` in `room`, or an error that lists what there is."""
+    _scan(room)
+    try:
+        return _METHODS[room, name]
+    except KeyError:
+        known = ", ".join(m.name for m in methods(room))
+        raise BadValue(f"there is no {name!r} in {room}; choose one of: {known}.") from None
+
+
+def build(room: str, spec: Mapping[str, Any] | str, **context: Any) -> Any:
+    """Make the method that `spec` describes: `{"name": "pgd_at", "steps": 10}`, or just its name.
+
+    `context` offers values (the recipe's threat, the input shape) that are used where the method has an argument
+    of that name and `spec` does not set it. A nested spec is built by the room of the field's type
+    (the class attribute `room` of `ThreatModel`, `Attack`, `Objective`, …).
+
+    Raises:
+        BadValue: unknown method, unknown or missing setting, or a value of the wrong type or range; the message
+            begins with the path of the field.
+    """
+    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if not isinstance(settings.get("name"), str):
+        raise BadValue(f"a method in {room} needs a name, e.g. {{name: {methods(room)[0].name}}}; got {spec!r}.")
+    found = find(room, settings.pop("name"))
+    hints = typing.get_type_hints(found.make)
+    for field, value in settings.items():
+        inner_room = _room_of(hints.get(field))
+        if inner_room and isinstance(value, (Mapping, str)):
+            try:
+                settings[field] = build(inner_room, value, **context)
+            except BadValue as error:
+                raise BadValue(f"{field}.{error}") from None
+    offered = {key: value for key, value in context.items() if key in found.settings and key not in settings}
+    return _validated(found, settings | offered)
+
+
+def _room_of(annotation: Any) -> str | None:
+    options = typing.get_args(annotation) or (annotation,)
+    return next((option.room for option in options if isinstance(getattr(option, "room", None), str)), None)
+
+
+def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError, validate_call
+
+    try:
+        if isinstance(found.make, type):
+            return TypeAdapter(found.make).validate_python(dict(settings))
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(found.make)(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise BadValue(f"{field}: {found.name} has no such setting; it has: {', '.join(found.settings)}.") from None
+        text = first["msg"].removeprefix("Value error, ")
+        raise BadValue(f"{field}: {text} (in {found.name})" if field else f"{text} (in {found.name})") from None
+
+
+def spec_of(made: Any) -> dict[str, Any]:
+    """The spec from which `build` makes an equal object: for run folders, claims and reports."""
+    found = next(m for m in _METHODS.values() if m.make is type(made))
+    spec: dict[str, Any] = {"name": found.name}
+    for field in dataclasses.fields(made):
+        if not field.init:
+            continue
+        value = getattr(made, field.name)
+        nested = dataclasses.is_dataclass(value) and any(m.make is type(value) for m in _METHODS.values())
+        spec[field.name] = spec_of(value) if nested else list(value) if isinstance(value, tuple) else value
+    return spec

@@ -1,0 +1,135 @@
+"""The protocol of an attack: a search over a threat model, whose finds are checked by nobody but the base class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from trivet.errors import BadValue, require
+from trivet.threats.surrogate import Logits, Precision, surrogate
+from trivet.threats.threat import ThreatModel
+
+
+class Outcome(NamedTuple):
+    """What an attack achieved on a batch.
+
+    Attributes:
+        x_adv: [B, ...] a point of S(x) that the model misclassifies where `broken`, else `x` itself.
+        broken: [B] bool, judged on the model itself and on the very tensor returned.
+    """
+
+    x_adv: Tensor
+    broken: Tensor
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """A search for points of `threat` that a model misclassifies. Subclasses implement `search` alone.
+
+    Calling the attack returns adversarial points and nothing else: whatever `search` proposes is checked to lie in
+    the set and to be misclassified by the model in eval mode, and replaced by the clean input otherwise. The
+    model's weights, gradients, modes and buffers are as before, also after an error.
+    """
+
+    room: ClassVar[str] = "threats"
+    threat: ThreatModel
+    precision: Precision = field(default="fp32", kw_only=True)
+    """The arithmetic in which gradients are asked for; success is always judged in the model's own."""
+
+    @abstractmethod
+    def search(self, model: Logits, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The strongest points found for `x` [B, ...] with labels `y` [B], adversarial or not; all in the set.
+
+        `model` maps inputs to logits; its state is the caller's business.
+        """
+
+    @final
+    def run(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        batch_size: int = 512,
+    ) -> Outcome:
+        """Attack inputs `x` [N, ...] in [0, 1] with labels `y` [N], `batch_size` at a time.
+
+        Raises:
+            BadValue: inputs outside [0, 1] or not finite, or shapes that do not fit.
+        """
+        require(len(x) == len(y), f"{len(x)} inputs but {len(y)} labels.")
+        require_unit_range(x)
+        x_adv, broken = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        with evaluating(model):
+            ask = surrogate(model, self.precision)
+            for part in torch.arange(len(x), device=x.device).split(batch_size):
+                clean, labels = x[part], y[part]
+                wrong = misclassified(model, clean, labels)
+                open_ = (~wrong).nonzero().squeeze(1)
+                if len(open_):
+                    found = self.search(ask, clean[open_], labels[open_], generator).detach()
+                    hit = self.threat.contains(found, clean[open_]) & misclassified(model, found, labels[open_])
+                    x_adv[part[open_[hit]]] = found[hit]
+                    wrong[open_[hit]] = True
+                broken[part] = wrong
+        return Outcome(x_adv, broken)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Adversarial points for `x` [N, ...] where the attack found some, the clean inputs elsewhere."""
+        return self.run(model, x, y, generator=generator).x_adv
+
+
+def require_unit_range(x: Tensor) -> None:
+    """Refuse inputs that are not images in [0, 1]: a radius means pixels only there."""
+    if x.numel() and not (float(x.min()) >= 0.0 and float(x.max()) <= 1.0):
+        raise BadValue(
+            f"inputs run from {float(x.min()):g} to {float(x.max()):g}, but must lie in [0, 1]; "
+            "move normalisation into the model and scale the images."
+        )
+
+
+@torch.no_grad()
+def misclassified(model: Logits, x: Tensor, y: Tensor) -> Tensor:
+    """[B] bool. A row of logits that is not finite counts as misclassified: it can certify nothing."""
+    logits = model(x)
+    return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode restored outside, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def input_gradient(
+    model: Logits, x: Tensor, loss: Callable[[Tensor], Tensor], samples: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient [B, ...] of the summed `loss` by the input, the losses [B] and the logits [B, K], all detached.
+
+    For a randomised model `samples` forward passes are averaged (expectation over transformation, Athalye et
+    al. 2018). Weight gradients are never computed.
+    """
+    total: tuple[Tensor, Tensor, Tensor] | None = None
+    for _ in range(samples):
+        point = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(point)
+            losses = loss(logits)
+        (gradient,) = torch.autograd.grad(losses.sum(), point)
+        drawn = (gradient, losses.detach(), logits.detach())
+        total = drawn if total is None else tuple(a + b for a, b in zip(total, drawn, strict=True))
+    assert total is not None
+    return total if samples == 1 else tuple(each / samples for each in total)

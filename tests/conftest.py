@@ -1,0 +1,30 @@
+"""Shared set-up: one thread per worker, global state restored, and where the optional real data lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _restored_global_state() -> Iterator[None]:
+    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_rng_state(state)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with MNIST and CIFAR-10: TRIVET_DATA, else ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("TRIVET_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set TRIVET_DATA to a folder with mnist/ and cifar10_jpeg/")
+    return folder
