@@ -68,14 +68,14 @@ class Dataset:
         if len(self.labels):
             low, high = int(self.labels.min()), int(self.labels.max())
             require(
-                0 <= low and high < len(self.classes),
+                low >= 0 and high < len(self.classes),
                 f"{where}: labels run from {low} to {high}, but there are {len(self.classes)} classes (0 to "
                 f"{len(self.classes) - 1}); relabel them from 0 or name all classes.",
             )
             smallest, largest = float(self.images.min()), float(self.images.max())
             # Written so that NaN, which compares false with everything, is refused too.
             require(
-                0.0 <= smallest and largest <= self.scale,
+                smallest >= 0.0 and largest <= self.scale,
                 f"{where}: pixel values run from {smallest:g} to {largest:g}, outside the declared range 0 to "
                 f"{self.scale:g}; rescale them, and leave normalisation to the model.",
             )

@@ -41,7 +41,7 @@ class Surrogate(nn.Module):
         self._folded: dict[str, str] = {}  # convolution -> the BatchNorm it has absorbed
         try:
             self.net = self._fold(fx.symbolic_trace(self.net))
-        except Exception:  # noqa: BLE001  tracing runs the user's forward on proxies: anything may be raised, and is no fault
+        except Exception:
             self._folded = {}
         if precision == "bf16":
             for module in self.net.modules():
