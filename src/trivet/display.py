@@ -43,7 +43,9 @@ def progress(task: str, total: float) -> Iterator[Advance]:
         handle = bar.add_task(task, total=total, note="")
 
         def advance(amount: float = 1, /, note: str = "") -> None:
-            bar.update(handle, advance=amount, **({"note": note} if note else {}))
+            bar.advance(handle, amount)
+            if note:
+                bar.update(handle, note=note)
 
         yield advance
 

@@ -27,7 +27,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(beside, 0o644)
+        Path(beside).chmod(0o644)
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import datetime
+import datetime as dt
 import importlib.metadata
 import os
 import platform
@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
         machine["gpu"] = torch.cuda.get_device_name()
     return {
         "command": shlex.join(["trivet", *sys.argv[1:]]) if sys.argv[0].endswith("trivet") else shlex.join(sys.argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "machine": machine,
         "versions": versions,
     }

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from trivet.data.dataset import Batch
 from trivet.errors import require
 from trivet.objectives.objective import Progress
-from trivet.threats.attack import evaluating
+from trivet.models.modes import evaluating
 from trivet.threats.losses import cross_entropy
 from trivet.threats.pgd import ascend
-from trivet.threats.surrogate import Logits, surrogate
+from trivet.models.surrogate import Logits, surrogate
 from trivet.threats.threat import ThreatModel
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trivet import randomness
 from trivet.data.dataset import Batch
-from trivet.threats.surrogate import Precision
+from trivet.models.surrogate import Precision
 
 
 class Losses(NamedTuple):

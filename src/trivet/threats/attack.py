@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, final
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trivet.errors import BadValue, require
-from trivet.threats.surrogate import Logits, Precision, surrogate
+from trivet.models.modes import evaluating
+from trivet.models.surrogate import Logits, Precision, surrogate
 from trivet.threats.threat import ThreatModel
 
 
@@ -102,18 +102,6 @@ def misclassified(model: Logits, x: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode restored outside, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def input_gradient(
     model: Logits, x: Tensor, loss: Callable[[Tensor], Tensor], samples: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,14 +110,17 @@ def input_gradient(
     For a randomised model `samples` forward passes are averaged (expectation over transformation, Athalye et
     al. 2018). Weight gradients are never computed.
     """
-    total: tuple[Tensor, Tensor, Tensor] | None = None
-    for _ in range(samples):
-        point = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(point)
-            losses = loss(logits)
-        (gradient,) = torch.autograd.grad(losses.sum(), point)
-        drawn = (gradient, losses.detach(), logits.detach())
-        total = drawn if total is None else tuple(a + b for a, b in zip(total, drawn, strict=True))
-    assert total is not None
-    return total if samples == 1 else tuple(each / samples for each in total)
+    gradient, losses, logits = _one_gradient(model, x, loss)
+    for _ in range(samples - 1):
+        more = _one_gradient(model, x, loss)
+        gradient, losses, logits = gradient + more[0], losses + more[1], logits + more[2]
+    return (gradient, losses, logits) if samples == 1 else (gradient / samples, losses / samples, logits / samples)
+
+
+def _one_gradient(model: Logits, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+        losses = loss(logits)
+    (gradient,) = torch.autograd.grad(losses.sum(), point)
+    return gradient, losses.detach(), logits.detach()

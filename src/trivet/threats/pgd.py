@@ -1,9 +1,10 @@
-"""Projected gradient descent, the universal first-order adversary (Madry et al., ICLR 2018), and FGSM as its one-step case."""
+"""Projected gradient descent (Madry et al., ICLR 2018), the universal first-order adversary; FGSM is its one-step case."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from trivet.errors import require
 from trivet.methods import method
 from trivet.threats.attack import Attack, input_gradient, misclassified
-from trivet.threats.losses import LOSSES
-from trivet.threats.surrogate import Logits
+from trivet.threats.losses import LOSSES, AttackLoss
+from trivet.models.surrogate import Logits
 from trivet.threats.threat import ThreatModel
 
 
@@ -37,6 +38,10 @@ def ascend(
         gradient, _, _ = input_gradient(model, point, loss, samples)
         point = threat.project(threat.ascend(point, gradient, step_size), x)
     return point.detach()
+
+
+def _raise(loss: AttackLoss, labels: Tensor, logits: Tensor) -> Tensor:
+    return loss(logits, labels)
 
 
 @method(title="PGD", paper="Madry et al., ICLR 2018", year=2018, legs="robust")
@@ -76,7 +81,7 @@ class PGD(Attack):
                 model,
                 clean,
                 start,
-                lambda logits, labels=labels: LOSSES[self.loss](logits, labels),
+                partial(_raise, LOSSES[self.loss], labels),
                 threat=self.threat,
                 steps=self.steps,
                 step_size=step_size,
