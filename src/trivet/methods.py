@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from trivet.errors import BadValue
+from trivet.errors import BadValue, FieldError, Path
 
 Leg = Literal["robust", "private", "small"]
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -103,39 +103,71 @@ def find(room: str, name: str) -> Method:
         return _METHODS[room, name]
     except KeyError:
         known = ", ".join(m.name for m in methods(room))
-        raise BadValue(f"there is no {name!r} in {room}; choose one of: {known}.") from None
+        raise FieldError(("name",), f"there is no {name!r} in {room}; choose one of: {known}.") from None
 
 
 def build(room: str, spec: Mapping[str, Any] | str, **context: Any) -> Any:
     """Make the method that `spec` describes: `{"name": "pgd_at", "steps": 10}`, or just its name.
+
+    `{"import": "package.module:attribute", …}` names the user's own code instead: the attribute is called with the
+    other settings. Whoever calls `build` has decided that this code may run.
 
     `context` offers values (the recipe's threat, the input shape) that are used where the method has an argument
     of that name and `spec` does not set it. A nested spec is built by the room of the field's type
     (the class attribute `room` of `ThreatModel`, `Attack`, `Objective`, …).
 
     Raises:
-        BadValue: unknown method, unknown or missing setting, or a value of the wrong type or range; the message
-            begins with the path of the field.
+        FieldError: unknown method, unknown or missing setting, or a value of the wrong type or range.
     """
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if not isinstance(settings.get("name"), str):
-        raise BadValue(f"a method in {room} needs a name, e.g. {{name: {methods(room)[0].name}}}; got {spec!r}.")
-    found = find(room, settings.pop("name"))
+    found = _imported(room, settings) if "import" in settings else _named(room, settings)
     hints = typing.get_type_hints(found.make)
     for field, value in settings.items():
         inner_room = _room_of(hints.get(field))
-        if inner_room and isinstance(value, (Mapping, str)):
-            try:
-                settings[field] = build(inner_room, value, **context)
-            except BadValue as error:
-                raise BadValue(f"{field}.{error}") from None
+        if inner_room is None:
+            continue
+        if isinstance(value, (Mapping, str)):
+            settings[field] = _built_field((field,), inner_room, value, context)
+        elif isinstance(value, (list, tuple)):
+            settings[field] = tuple(
+                _built_field((field, number), inner_room, each, context) if isinstance(each, (Mapping, str)) else each
+                for number, each in enumerate(value)
+            )
     offered = {key: value for key, value in context.items() if key in found.settings and key not in settings}
     return _validated(found, settings | offered)
 
 
+def _named(room: str, settings: dict[str, Any]) -> Method:
+    if not isinstance(settings.get("name"), str):
+        raise FieldError((), f"needs a name, one of: {', '.join(m.name for m in methods(room))}.")
+    return find(room, settings.pop("name"))
+
+
+def _imported(room: str, settings: dict[str, Any]) -> Method:
+    path = settings.pop("import")
+    module, _, attribute = str(path).partition(":")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise FieldError(
+            ("import",), f"cannot import {path!r} ({error}); write it as package.module:attribute."
+        ) from None
+    return Method(str(path), room, str(path), "", None, (), "the user's own", make)
+
+
 def _room_of(annotation: Any) -> str | None:
-    options = typing.get_args(annotation) or (annotation,)
-    return next((option.room for option in options if isinstance(getattr(option, "room", None), str)), None)
+    """The room that builds values of this type: `Attack`, `Attack | None`, `tuple[Attack, ...]`."""
+    for option in (annotation, *typing.get_args(annotation)):
+        if isinstance(room := getattr(option, "room", None), str):
+            return room
+    return None
+
+
+def _built_field(path: Path, room: str, spec: Mapping[str, Any] | str, context: Mapping[str, Any]) -> Any:
+    try:
+        return build(room, spec, **context)
+    except FieldError as error:
+        raise FieldError((*path, *error.path), error.text) from None
 
 
 def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
@@ -147,11 +179,13 @@ def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
         return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(found.make)(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise BadValue(f"{field}: {found.name} has no such setting; it has: {', '.join(found.settings)}.") from None
-        text = first["msg"].removeprefix("Value error, ")
-        raise BadValue(f"{field}: {text} (in {found.name})" if field else f"{text} (in {found.name})") from None
+            text = f"{found.name} has no such setting; it has: {', '.join(found.settings)}."
+        elif first["type"] in ("missing", "missing_argument"):
+            text = f"{found.name} needs this setting."
+        else:
+            text = f"{first['msg'].removeprefix('Value error, ').rstrip('.')} (in {found.name})."
+        raise FieldError(first["loc"], text) from None
 
 
 def spec_of(made: Any) -> dict[str, Any]:

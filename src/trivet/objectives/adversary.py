@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from trivet.data.dataset import Batch
 from trivet.errors import require
-from trivet.objectives.objective import Progress
 from trivet.models.modes import evaluating
+from trivet.models.surrogate import Logits, surrogate
+from trivet.objectives.objective import Progress
 from trivet.threats.losses import cross_entropy
 from trivet.threats.pgd import ascend
-from trivet.models.surrogate import Logits, surrogate
 from trivet.threats.threat import ThreatModel
 
 

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al., ICLR 2018), the universal first-order adversary; FGSM is its one-step case."""
+"""Projected gradient descent (Madry et al., ICLR 2018), the universal first-order attack; FGSM is its first step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from trivet.errors import require
 from trivet.methods import method
+from trivet.models.surrogate import Logits
 from trivet.threats.attack import Attack, input_gradient, misclassified
 from trivet.threats.losses import LOSSES, AttackLoss
-from trivet.models.surrogate import Logits
 from trivet.threats.threat import ThreatModel
 
 

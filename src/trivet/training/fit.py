@@ -1,0 +1,321 @@
+"""The training stage: mini-batches, an objective, a gradient rule, an optimizer, and exact resumption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trivet import display
+from trivet.claims import Effect, Verdict
+from trivet.data.augment import Augmentation
+from trivet.data.dataset import Batch, Dataset
+from trivet.errors import TrivetError, require
+from trivet.methods import method, spec_of
+from trivet.models.modes import evaluating
+from trivet.models.surrogate import Precision
+from trivet.objectives.objective import Losses, Objective, Progress
+from trivet.privacy.gradient_rule import GradientRule, MeanGradient
+from trivet.randomness import derive_seed, generator
+from trivet.threats.pgd import PGD, fgsm
+from trivet.training.averaging import MovingAverage
+from trivet.training.optimizers import Optimizer, Sgd
+from trivet.training.schedules import Cosine, Schedule
+from trivet.training.stage import Checkpoint, Context, Stage
+
+_LOG_EVERY = 50  # steps between log lines: enough for a curve, too few to slow a step down
+_SAVE_EVERY = 30.0  # seconds between saved states, when `save_every` is not set: what a kill may cost
+
+
+@method(title="Training")
+@dataclass(frozen=True)
+class Fit(Stage):
+    """Minimise an objective by mini-batch steps over the training records, each epoch in a fresh random order.
+
+    Every random draw is a function of the run's seed and the step, so that a run killed at any moment resumes to
+    bit-identical weights on the CPU (with the same number of threads).
+
+    Attributes:
+        objective: what is minimised.
+        epochs: passes over the training records.
+        batch_size: records per optimiser step; the last batch of an epoch may be smaller.
+        optimizer, schedule: the peak rate and its course over training.
+        rule: from per-example losses to the update direction; the mean gradient unless privacy is asked for.
+        augment: applied to each batch before the objective sees it.
+        average: decay of an exponential moving average of the weights, which then is the result; None for none.
+        max_grad_norm: clip the whole gradient to this l2 norm; None for no clipping.
+        precision: "bf16" runs forward passes under autocast and attacks on a bfloat16 stand-in.
+        channels_last: store convolution weights and images in the layout that is faster on most processors.
+        compile: run the model through `torch.compile` (a minute's wait; pays on long runs of convolution nets).
+        holdout: training records set aside; accuracy on them, clean and under PGD-10, is logged every epoch.
+        keep: "last" weights, or those "best" on the held-out records (under PGD where the objective has a threat).
+        save_every: optimiser steps between saved states; None saves every 30 seconds.
+    """
+
+    objective: Objective
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Optimizer = field(default_factory=Sgd)
+    schedule: Schedule = field(default_factory=Cosine)
+    rule: GradientRule = field(default_factory=MeanGradient)
+    augment: tuple[Augmentation, ...] = ()
+    average: float | None = None
+    max_grad_norm: float | None = None
+    precision: Precision = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    holdout: int = 0
+    keep: str = "last"
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"epochs={self.epochs} must be at least 1.")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
+        require(self.average is None or 0 < self.average < 1, f"average={self.average} must lie between 0 and 1.")
+        require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be positive.")
+        require(self.holdout >= 0, f"holdout={self.holdout} must not be negative.")
+        require(self.keep in ("last", "best"), f"keep={self.keep!r} must be 'last' or 'best'.")
+        require(self.keep == "last" or self.holdout > 0, "keep='best' needs holdout > 0: the records to judge on.")
+        require(self.save_every is None or self.save_every >= 1, f"save_every={self.save_every} must be at least 1.")
+        require(
+            self.objective.record_isolated or not self.rule.needs_isolation,
+            f"{type(self.objective).__name__} couples the records of a batch, so {type(self.rule).__name__} cannot "
+            "bound what one record contributes; choose an objective whose losses are per record.",
+        )
+
+    def effect(self) -> Effect:
+        changed = (Verdict.VOID, "the weights were trained further")
+        kept = (Verdict.KEEP, "training changes values, not shapes")
+        return Effect(privacy=self.rule.on_privacy, certificate=changed, attack=changed, accuracy=changed, cost=kept)
+
+    def run(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        loop = _Loop(self, checkpoint.model.to(context.device), context)
+        with torch.random.fork_rng(devices=[]):  # layers draw from the global stream
+            loop.run()
+        record = {"stage": "fit", "settings": spec_of(self), "steps": loop.steps, **loop.result}
+        context.files.clear_state()
+        return replace(checkpoint, model=loop.model, history=[*checkpoint.history, record])
+
+
+class _Loop:
+    """One execution of a `Fit`: the mutable part."""
+
+    def __init__(self, fit: Fit, model: nn.Module, context: Context) -> None:
+        self.fit, self.model, self.context = fit, model, context
+        self.seed = derive_seed(context.seed, "fit", context.files.number)
+        self.train, self.held = self._split(context.splits.train)
+        self.per_epoch = -(-len(self.train) // fit.batch_size)
+        self.replays = fit.objective.replays
+        self.steps = fit.epochs * self.per_epoch * self.replays
+        if fit.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = fit.optimizer.on(self.parameters)
+        self.average = MovingAverage(model, fit.average) if fit.average else None
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.result: dict[str, Any] = {}
+
+    def _split(self, train: Dataset) -> tuple[Dataset, Dataset | None]:
+        if not self.fit.holdout:
+            return train, None
+        require(
+            self.fit.holdout < len(train),
+            f"holdout={self.fit.holdout} leaves no record to train on: there are {len(train)}.",
+        )
+        return train.split(self.fit.holdout, generator(self.context.seed, "holdout"))
+
+    def run(self) -> None:
+        step = self._resume()
+        if self.fit.compile:
+            self.model.compile()
+        title = f"{self.context.files.name} {type(self.fit.objective).__name__}"
+        saved = time.monotonic()
+        with display.progress(title, self.steps) as advance:
+            advance(step)
+            while step < self.steps:
+                for batch in self._epoch(step):
+                    step = self._batch(batch, step, advance)
+                    due = (
+                        time.monotonic() - saved > _SAVE_EVERY
+                        if self.fit.save_every is None
+                        else step % self.fit.save_every < self.replays
+                    )
+                    if due and step < self.steps:
+                        self._save(step)
+                        saved = time.monotonic()
+                self._end_of_epoch(step)
+        if self.fit.compile:
+            self.model._compiled_call_impl = None
+        self._finish()
+
+    def _epoch(self, step: int) -> Iterator[Batch]:
+        """The batches of the epoch that `step` lies in, from that step on."""
+        epoch, done = divmod(step // self.replays, self.per_epoch)
+        order = torch.randperm(len(self.train), generator=generator(self.seed, "order", epoch))
+        for number, index in enumerate(order.split(self.fit.batch_size)):
+            if number < done:
+                continue
+            batch = self.train.batch(index)
+            inputs, augmenting = batch.inputs, generator(self.seed, "augment", epoch, number)
+            for augmentation in self.fit.augment:
+                inputs = augmentation(inputs, augmenting)
+            if self.fit.channels_last:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            yield replace(batch, inputs=inputs).to(self.context.device)
+
+    def _batch(self, batch: Batch, step: int, advance: display.Advance) -> int:
+        for _ in range(self.replays):
+            losses = self._step(batch, step)
+            if step % _LOG_EVERY == 0 or step + 1 == self.steps:
+                advance(0, note=self._log(losses, step))
+            advance(1)
+            step += 1
+        return step
+
+    def _step(self, batch: Batch, step: int) -> Losses:
+        fit, epoch = self.fit, step / (self.per_epoch * self.replays)
+        progress = Progress(step, self.steps, epoch, self.seed, fit.precision)
+        rate = fit.optimizer.lr * fit.schedule(progress.fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(
+            derive_seed(self.seed, "layers", step)
+        )  # dropout and noise layers draw from the global stream
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        def losses(model: nn.Module, part: Batch) -> Losses:
+            with self._autocast():
+                found = fit.objective(model, part, progress)
+            return found._replace(per_example=found.per_example.float())
+
+        found = fit.rule.gradients(self.model, batch, losses)
+        if not bool(found.per_example.detach().isfinite().all()):
+            raise TrivetError(
+                f"the loss is not finite at step {step} of {self.context.files.name}; lower the learning rate "
+                f"(now {rate:.3g}), set max_grad_norm, or check the images for outliers. The last saved state is kept."
+            )
+        if fit.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, fit.max_grad_norm)
+        self.optimizer.step()
+        if self.average:
+            self.average.update(self.model, step)
+        return Losses(found.per_example, found.log)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.fit.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.context.device.type, torch.bfloat16)
+
+    def _log(self, losses: Losses, step: int) -> str:
+        numbers = {"loss": float(losses.per_example.detach().mean())}
+        numbers |= {name: float(value.detach().float().mean()) for name, value in losses.log.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.context.files.log(
+            {"step": step, "epoch": round(step / (self.per_epoch * self.replays), 4), "lr": lr, **numbers}
+        )
+        return f"loss {numbers['loss']:.3f}"
+
+    def _end_of_epoch(self, step: int) -> None:
+        """Judge on the held-out records, if there are any, and remember the best weights if asked."""
+        if self.held is None:
+            return
+        epoch = step // (self.per_epoch * self.replays)
+        with self._result_weights():
+            found = held_out(self.model, self.held, self.fit.objective, derive_seed(self.seed, "held", epoch))
+            self.context.files.log({"step": step - 1, "epoch": epoch, **found})
+            score = found.get("held_pgd", found["held_clean"])
+            if self.fit.keep == "best" and (self.best is None or score > self.best[0]):
+                self.best = score, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if found.get("held_fgsm", 0.0) - found.get("held_pgd", 0.0) > 0.2:
+            self.result["catastrophic_overfitting"] = f"epoch {epoch}: robust to FGSM, not to PGD"
+        # Saved here, so that a resumed run never judges an epoch twice.
+        self._save(step)
+
+    def _result_weights(self) -> AbstractContextManager[Any]:
+        """The averaged weights in place of the live ones, inside."""
+        return _swapped(self.model, self.average.weights) if self.average else nullcontext()
+
+    def _finish(self) -> None:
+        chosen = self.best[1] if self.best else self.average.weights if self.average else None
+        if chosen is not None:
+            self.model.load_state_dict(chosen)
+        if self.best:
+            self.result["best_held_out"] = self.best[0]
+        self.model.eval()
+        self.model.zero_grad(set_to_none=True)
+
+    def _save(self, step: int) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state = self.optimizer.state_dict()["state"]
+        tensors |= {
+            f"optimizer.{i}.{k}": torch.as_tensor(v)
+            for i, each in state.items()
+            for k, v in each.items()
+            if v is not None
+        }
+        tensors |= {f"objective.{name}": tensor for name, tensor in self.fit.objective.state().items()}
+        if self.average:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.weights.items()}
+        if self.best:
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best[1].items()}
+        best = self.best[0] if self.best else None
+        self.context.files.save_state(tensors, {"step": step, "best": best, "result": self.result})
+
+    def _resume(self) -> int:
+        """Take up the saved state, if there is one; the step to go on from."""
+        saved = self.context.files.load_state()
+        if saved is None:
+            self.context.files.rewind_log(0)
+            return 0
+        tensors, metadata = saved
+        self.model.load_state_dict(_under("model.", tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            number, key = name.split(".", 1)
+            state.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.fit.objective.load_state(_under("objective.", tensors))
+        if self.average:
+            self.average.load(_under("average.", tensors))
+        if metadata["best"] is not None:
+            self.best = metadata["best"], _under("best.", tensors)
+        self.result = metadata["result"]
+        step: int = metadata["step"]
+        self.context.files.rewind_log(step)
+        return step
+
+
+@contextmanager
+def _swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights in a model, for as long as the context lasts."""
+    own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def held_out(model: nn.Module, held: Dataset, objective: Objective, seed: int) -> dict[str, float]:
+    """Accuracy on held-out records: clean, and under FGSM and PGD-10 where the objective has a threat model."""
+    threat = getattr(objective, "threat", None)
+    attacks = {"held_fgsm": fgsm(threat), "held_pgd": PGD(threat, steps=10)} if threat is not None else {}
+    right = dict.fromkeys(["held_clean", *attacks], 0)
+    with evaluating(model):
+        for number, batch in enumerate(held.batches(500)):
+            with torch.no_grad():
+                right["held_clean"] += int((model(batch.inputs).argmax(1) == batch.labels).sum())
+            for name, attack in attacks.items():
+                broken = attack.run(model, batch.inputs, batch.labels, generator=generator(seed, name, number)).broken
+                right[name] += int((~broken).sum())
+    return {name: count / len(held) for name, count in right.items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
