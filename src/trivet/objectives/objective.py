@@ -72,7 +72,11 @@ class Objective(ABC):
         return 1
 
     def perturb(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
-        """The inputs [B, ...] the model is to be trained on; detached. The clean ones unless overridden."""
+        """The inputs [B, ...] the model is to be trained on; detached. The clean ones unless overridden.
+
+        All randomness of a step belongs here, so that `losses` is a function. A method that trains on several views
+        of a record returns [B, views, ...]: the first dimension is always the record.
+        """
         return batch.inputs
 
     @abstractmethod
