@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from trivet import randomness
 from trivet.errors import BadValue, require
 from trivet.models.modes import evaluating
 from trivet.models.surrogate import Logits, Precision, surrogate
@@ -29,6 +30,29 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Target:
+    """The model under attack as a search sees it: fast logits to differentiate, an exact verdict on what was found.
+
+    Attributes:
+        gradients: the stand-in asked for gradients and losses.
+        model: the model itself, in eval mode.
+        batch_size: how many inputs the caller allows in one query; searches that multiply inputs keep to it.
+    """
+
+    gradients: Logits
+    model: Logits
+    batch_size: int = 512
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The stand-in's logits [B, K]."""
+        return self.gradients(x)
+
+    def misclassifies(self, x: Tensor, y: Tensor) -> Tensor:
+        """[B] bool, the model's own verdict."""
+        return misclassified(self.model, x, y)
+
+
+@dataclass(frozen=True)
 class Attack(ABC):
     """A search for points of `threat` that a model misclassifies. Subclasses implement `search` alone.
 
@@ -43,11 +67,15 @@ class Attack(ABC):
     """The arithmetic in which gradients are asked for; success is always judged in the model's own."""
 
     @abstractmethod
-    def search(self, model: Logits, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def search(self, model: Target, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The strongest points found for `x` [B, ...] with labels `y` [B], adversarial or not; all in the set.
 
         `model` maps inputs to logits; its state is the caller's business.
         """
+
+    def succeeds(self, model: Target, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """[B] bool: which points lie in S(x) and are misclassified by the model itself."""
+        return self.threat.contains(x_adv, x) & model.misclassifies(x_adv, y)
 
     @final
     def run(
@@ -61,21 +89,25 @@ class Attack(ABC):
     ) -> Outcome:
         """Attack inputs `x` [N, ...] in [0, 1] with labels `y` [N], `batch_size` at a time.
 
+        Without a generator the same random numbers are drawn every time; PyTorch's global stream is left alone.
+
         Raises:
             BadValue: inputs outside [0, 1] or not finite, or shapes that do not fit.
         """
         require(len(x) == len(y), f"{len(x)} inputs but {len(y)} labels.")
+        require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
         require_unit_range(x)
+        generator = generator or randomness.generator(0, "attack", device=x.device)
         x_adv, broken = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         with evaluating(model):
-            ask = surrogate(model, self.precision)
+            target = Target(surrogate(model, self.precision), model, batch_size)
             for part in torch.arange(len(x), device=x.device).split(batch_size):
                 clean, labels = x[part], y[part]
                 wrong = misclassified(model, clean, labels)
                 open_ = (~wrong).nonzero().squeeze(1)
                 if len(open_):
-                    found = self.search(ask, clean[open_], labels[open_], generator).detach()
-                    hit = self.threat.contains(found, clean[open_]) & misclassified(model, found, labels[open_])
+                    found = self.search(target, clean[open_], labels[open_], generator).detach()
+                    hit = self.succeeds(target, found, clean[open_], labels[open_])
                     x_adv[part[open_[hit]]] = found[hit]
                     wrong[open_[hit]] = True
                 broken[part] = wrong
@@ -98,7 +130,11 @@ def require_unit_range(x: Tensor) -> None:
 @torch.no_grad()
 def misclassified(model: Logits, x: Tensor, y: Tensor) -> Tensor:
     """[B] bool. A row of logits that is not finite counts as misclassified: it can certify nothing."""
-    logits = model(x)
+    return fooled(model(x), y)
+
+
+def fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """[B] bool, from logits [B, K]; see `misclassified`."""
     return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
 
 

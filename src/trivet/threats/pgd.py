@@ -13,7 +13,7 @@ from torch import Tensor
 from trivet.errors import require
 from trivet.methods import method
 from trivet.models.surrogate import Logits
-from trivet.threats.attack import Attack, input_gradient, misclassified
+from trivet.threats.attack import Attack, Target, input_gradient
 from trivet.threats.losses import LOSSES, AttackLoss
 from trivet.threats.threat import ThreatModel
 
@@ -71,7 +71,7 @@ class PGD(Attack):
         require(self.samples >= 1, f"samples={self.samples} must be at least 1.")
         require(self.step_size is None or self.step_size >= 0, f"step_size={self.step_size} must not be negative.")
 
-    def search(self, model: Logits, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def search(self, model: Target, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         step_size = 2.5 * self.threat.eps / self.steps if self.step_size is None else self.step_size
         best, open_ = x, torch.arange(len(x), device=x.device)
         for restart in range(self.restarts):
@@ -89,7 +89,7 @@ class PGD(Attack):
             )
             best = found if restart == 0 else best.index_copy(0, open_, found)
             if restart + 1 < self.restarts:
-                open_ = open_[~misclassified(model, found, labels)]
+                open_ = open_[~model.misclassifies(found, labels)]
                 if not len(open_):
                     break
         return best
