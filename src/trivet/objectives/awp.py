@@ -14,6 +14,7 @@ from trivet.data.dataset import Batch
 from trivet.errors import require
 from trivet.methods import method
 from trivet.objectives.objective import Losses, Objective, Progress
+from trivet.threats.threat import ThreatModel
 
 
 @method(title="Adversarial weight perturbation", paper="Wu, Xia & Wang, NeurIPS 2020", year=2020, legs="robust")
@@ -53,6 +54,11 @@ class Awp(Objective):
     @property
     def replays(self) -> int:
         return self.objective.replays
+
+    @property
+    def threat(self) -> ThreatModel | None:
+        """The inner objective's perturbation set, under which training may judge itself; None if it has none."""
+        return getattr(self.objective, "threat", None)
 
     def perturb(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
         return self.objective.perturb(model, batch, progress)
