@@ -50,6 +50,8 @@ class Surrogate(nn.Module):
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _fold(self, graph: fx.GraphModule) -> fx.GraphModule:
+        if any(name.startswith("_tensor_constant") for name, _ in graph.named_buffers()):
+            raise TypeError("a tensor made in forward would be frozen at its value of now")
         modules = dict(graph.named_modules())
         for node in list(graph.graph.nodes):
             if node.op != "call_module" or not isinstance(modules[node.target], _NORMS):

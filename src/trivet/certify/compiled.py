@@ -1,0 +1,56 @@
+"""A compiled forward pass with the weights as constants: for the many thousand passes of one sampling certificate."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from trivet.models.surrogate import Logits, Surrogate
+
+
+class _Compiled(NamedTuple):
+    weights: Surrogate
+    shape: torch.Size
+    run: Logits
+    note: str
+
+
+_COMPILED: WeakKeyDictionary[Surrogate, _Compiled] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def compiled(net: Surrogate, example: Tensor) -> tuple[Logits, str]:
+    """`net` with its present weights, compiled for inputs like `example` [B, ...]; compiled again when they change.
+
+    Where the compiler fails, the second value says so and the first runs eagerly. That is settled before anything is
+    counted, so that one run never mixes two arithmetics.
+    """
+    known = _COMPILED.get(net)
+    if known is None or known.shape != example.shape or not _same_weights(known.weights, net):
+        # A copy, because constants in the compiled code would not follow, or half follow, a later refresh.
+        frozen = copy.deepcopy(net)
+        known = _COMPILED[net] = _Compiled(frozen, example.shape, *_try(frozen, example))
+    return known.run, known.note
+
+
+def _try(net: Surrogate, example: Tensor) -> tuple[Logits, str]:
+    try:
+        # fullgraph: a graph break or an exhausted recompile limit is an error here instead of a silent slow path.
+        run: Callable[[Tensor], Tensor] = torch.compile(net, fullgraph=True, dynamic=False, options={"freezing": True})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own deprecations are nothing a user can mend
+            run(example)
+    except Exception as error:  # compilers fail in many types; all of them are reported
+        return net, f"eager, because torch.compile failed with {type(error).__name__}"
+    return run, ""
+
+
+def _same_weights(a: Surrogate, b: Surrogate) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
