@@ -158,18 +158,26 @@ class Ledger:
     def holding(self) -> tuple[Claim, ...]:
         return tuple(claim for claim in self.claims if claim.holds)
 
-    def save(self, path: Path) -> None:
-        write_json(path, {"format": 1, "claims": [claim.model_dump(mode="json") for claim in self.claims]})
+    def dump(self) -> dict[str, Any]:
+        """The ledger as JSON values."""
+        return {"format": 1, "claims": [claim.model_dump(mode="json") for claim in self.claims]}
 
     @classmethod
-    def load(cls, path: Path) -> Ledger:
-        content = read_json(path)
+    def parse(cls, content: Any, where: str) -> Ledger:
+        """The ledger that `dump` wrote; `where` is named in errors."""
         if not isinstance(content, dict) or content.get("format") != 1:
-            raise TrivetError(f"{path} has an unknown format; it was written by another version of Trivet.")
+            raise TrivetError(f"{where} has an unknown format; it was written by another version of Trivet.")
         try:
             return cls(tuple(_CLAIMS.validate_python(content["claims"])))
         except (ValueError, KeyError) as error:
-            raise TrivetError(f"{path} does not hold valid claims ({error}); run the audit again.") from None
+            raise TrivetError(f"{where} does not hold valid claims ({error}); run the audit again.") from None
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.dump())
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        return cls.parse(read_json(path), str(path))
 
 
 def _question(claim: Claim) -> str:

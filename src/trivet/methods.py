@@ -189,13 +189,17 @@ def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
 
 
 def spec_of(made: Any) -> dict[str, Any]:
-    """The spec from which `build` makes an equal object: for run folders, claims and reports."""
-    found = next(m for m in _METHODS.values() if m.make is type(made))
-    spec: dict[str, Any] = {"name": found.name}
+    """The spec from which `build` makes an equal object, as JSON values: for run folders, claims and reports."""
+    found = next((m for m in _METHODS.values() if m.make is type(made)), None)
+    # The user's own class is known by where it lives.
+    spec = {"name": found.name} if found else {"import": f"{type(made).__module__}:{type(made).__qualname__}"}
     for field in dataclasses.fields(made):
-        if not field.init:
-            continue
-        value = getattr(made, field.name)
-        nested = dataclasses.is_dataclass(value) and any(m.make is type(value) for m in _METHODS.values())
-        spec[field.name] = spec_of(value) if nested else list(value) if isinstance(value, tuple) else value
+        if field.init:
+            spec[field.name] = _plain(getattr(made, field.name))
     return spec
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return spec_of(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

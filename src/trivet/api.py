@@ -1,0 +1,346 @@
+"""The verbs of Trivet, for Python. The command line is a thin skin over these.
+
+Verbs take and return run folders; auditing and certifying take other people's models too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trivet import display
+from trivet.audit.claims import claims_from, recheck
+from trivet.audit.findings import Findings
+from trivet.audit.report import render
+from trivet.audit.subject import Subject
+from trivet.certify.certificate_file import CertificateFile
+from trivet.certify.certifier import Certifier, join
+from trivet.claims import Ledger
+from trivet.data.dataset import Dataset
+from trivet.errors import BadValue, TrivetError
+from trivet.files import load_tensors, save_tensors, sole_writer, write_text
+from trivet.models.fingerprint import fingerprint
+from trivet.models.load import load_model
+from trivet.recipes.plan import Plan, plan
+from trivet.recipes.recipe import Source, load
+from trivet.training.folder import RunFolder
+from trivet.training.pipeline import load_weights, run_stages
+
+FOREIGN = (".pt2", ".onnx", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read on demand."""
+
+    folder: RunFolder
+    plan: Plan
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        data: str | None = None,
+        trust_code: bool = False,
+    ) -> Run:
+        """An existing run. Code that its recipe names by import path runs only with `trust_code`."""
+        folder = RunFolder.open(Path(path))
+        return cls(folder, plan(load(folder.path, overrides, data=data, trust=trust_code)))
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.name
+
+    @property
+    def claims(self) -> Ledger:
+        """The ledger; empty before training has finished."""
+        return Ledger.load(self.folder.claims) if self.folder.claims.exists() else Ledger()
+
+    @property
+    def findings(self) -> Findings:
+        """What the last audit found."""
+        if not self.folder.audit.exists():
+            raise TrivetError(f"{self.folder.path} has not been audited; run `trivet audit {self.folder.path}`.")
+        return Findings.load(self.folder.audit)
+
+    def model(self, like: Dataset) -> nn.Module:
+        """The trained model in eval mode; `like` tells input shape and classes."""
+        if not self.folder.weights.exists():
+            raise TrivetError(
+                f"{self.folder.path} has no weights yet; finish it with `trivet train … --out {self.folder.path} --resume`."
+            )
+        model = self.plan.model(like)
+        load_weights(model, load_tensors(self.folder.weights)[0], str(self.folder.weights))
+        return model.eval()
+
+    def subject(self) -> Subject:
+        """Everything a report shows of this run."""
+        examples = self.folder.path / "examples.safetensors"
+        return Subject(
+            name=self.name,
+            recipe=self.plan.recipe.model_dump(exclude_defaults=True),
+            run=self.folder.status,
+            log=self.folder.read_log(),
+            findings=self.findings,
+            claims=self.claims.claims,
+            examples=load_tensors(examples)[0] if examples.exists() else {},
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an audit and a certifier look at: a model, the test data, and the settings to judge it by."""
+
+    name: str
+    model: nn.Module
+    test: Dataset
+    plan: Plan
+    folder: RunFolder
+    command: str
+
+    @classmethod
+    def open(
+        cls,
+        target: str | Path | nn.Module,
+        *,
+        recipe: str | Path | None,
+        data: str | None,
+        overrides: Sequence[str],
+        out: str | Path | None,
+        trust_code: bool,
+    ) -> Target:
+        """A run folder, a .pt2, .onnx or .safetensors file, or a module in memory."""
+        if isinstance(target, nn.Module):
+            return cls._foreign(target, type(target).__name__, recipe, data, overrides, out)
+        path = Path(target)
+        if path.is_dir():
+            run = Run.open(path, overrides=overrides, data=data, trust_code=trust_code)
+            test = run.plan.splits().test
+            folder = run.folder if out is None else _beside(Path(out), run.plan)
+            return cls(run.name, run.model(test), test, run.plan, folder, str(path))
+        if path.suffix not in FOREIGN or not path.is_file():
+            raise TrivetError(f"{path} is neither a run folder nor a model file ({', '.join(FOREIGN)}).")
+        if path.suffix == ".safetensors":
+            if recipe is None:
+                raise TrivetError(f"{path} holds weights only; name the recipe of its model with --recipe.")
+            source = plan(load(recipe, overrides, data=data))
+            model = source.model(source.splits().test)
+            load_weights(model, load_tensors(path)[0], str(path))
+        else:
+            model = load_model(path)
+        return cls._foreign(model, path.stem, recipe, data, overrides, out or path.with_suffix(".audit"), str(path))
+
+    @classmethod
+    def _foreign(
+        cls,
+        model: nn.Module,
+        name: str,
+        recipe: str | Path | None,
+        data: str | None,
+        overrides: Sequence[str],
+        out: str | Path | None,
+        command: str = "MODEL",
+    ) -> Target:
+        settings = plan(load(recipe or "audit", overrides, data=data))
+        test = settings.splits().test
+        return cls(name, model, test, settings, _beside(Path(out or f"{name}.audit"), settings), command)
+
+    @property
+    def seed(self) -> int:
+        return self.plan.recipe.seed
+
+
+def _beside(out: Path, settings: Plan) -> RunFolder:
+    """A folder for what is found about a model that is not ours: a run folder without training."""
+    if (out / "recipe.yaml").exists():
+        return RunFolder.open(out)
+    folder = RunFolder.create(out, settings.source.dump())
+    folder.record("audit only", settings.recipe.seed)
+    return folder
+
+
+def train_model(
+    recipe: str | Path,
+    *,
+    data: str | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    trust_code: bool = False,
+    device: str = "cpu",
+) -> Run:
+    """Run a recipe's stages; the run folder holds the model, its claims, and what is needed to repeat it.
+
+    Args:
+        recipe: a shipped recipe's name, a YAML file, or (with `resume`) a run folder.
+        data: replaces the recipe's data: a source's name, a folder, an .npz file, or hub:NAME.
+        out: the run folder, made if absent; runs/NAME if None.
+        overrides: "key=value" strings, e.g. "fit.epochs=3" or "threat.eps=8/255".
+        resume: go on with a run that was interrupted, with the recipe it was started with.
+        trust_code: run code that a recipe inside a run folder names by import path.
+        device: a torch device.
+
+    Raises:
+        TrivetError: anything the user can mend, before the first step where possible.
+    """
+    interrupted = Path(recipe).is_dir()
+    source = load(recipe, overrides, data=data, trust=trust_code or not interrupted)
+    path = Path(recipe) if interrupted and out is None else Path(out or Path("runs") / source.recipe.name)
+    if resume and (path / "recipe.yaml").exists():
+        source = _resumed(path, source, interrupted or not (overrides or data), trust_code)
+    settings = plan(source)
+    if not settings.stages:
+        raise TrivetError(f"{source.where} has no stages to train; it is for `trivet audit --recipe`.")
+    splits = settings.splits()
+    model = settings.model(splits.train)
+    torch_device = _device(device)
+    folder = (
+        RunFolder.open(path) if resume and (path / "recipe.yaml").exists() else RunFolder.create(path, source.dump())
+    )
+    run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=torch_device)
+    return Run(folder, settings)
+
+
+def _resumed(path: Path, asked: Source, same: bool, trust_code: bool) -> Source:
+    """The recipe an interrupted run was started with; another one asked for now is refused."""
+    started = load(path, trust=True)
+    if not same and asked.recipe != started.recipe or asked.recipe.name != started.recipe.name:
+        raise TrivetError(
+            f"{path} was started with other settings than asked for now; resume it without --set and --data, "
+            "or choose another --out."
+        )
+    code = started.imports()
+    if code and asked.imports() != code and not trust_code:
+        raise TrivetError(f"{path} names code to import ({', '.join(code)}); read it, then add --trust-code.")
+    return started
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise TrivetError(f"there is no device {name!r} here; use --device cpu.") from None
+    return device
+
+
+def audit_model(
+    target: str | Path | nn.Module,
+    *,
+    recipe: str | Path | None = None,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    trust_code: bool = False,
+) -> Subject:
+    """Attack, certify and measure a model, and write findings, claims and report into its folder.
+
+    Args:
+        target: a run folder, a .pt2, .onnx or .safetensors file, or a module that maps images in [0, 1] to logits.
+        recipe: for models from elsewhere: whose data, threat and audit settings to use; "audit" if None. A
+            .safetensors file also needs its architecture from there.
+        data, overrides: as in `train_model`, e.g. "audit.points=200".
+        out: where to write; the run folder itself, or MODEL.audit beside a model file, if None.
+        trust_code: run code that a run folder's recipe names by import path.
+    """
+    found = Target.open(target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code)
+    folder = found.folder
+    with sole_writer(folder.path):
+        findings, examples = found.plan.audit.run(
+            found.model, found.test, seed=found.seed, name=found.name, source=found.command
+        )
+        ledger = Ledger.load(folder.claims) if folder.claims.exists() else Ledger()
+        recheck(ledger, findings)
+        ledger.add(*claims_from(findings, made_by="audit", recheck=f"trivet audit {found.command}"))
+        findings.save(folder.audit)
+        save_tensors(folder.path / "examples.safetensors", examples)
+        ledger.save(folder.claims)
+        subject = Run(folder, found.plan).subject()
+        write_text(folder.report, render([subject]))
+    return subject
+
+
+def certify_model(
+    target: str | Path | nn.Module,
+    *,
+    recipe: str | Path | None = None,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    trust_code: bool = False,
+    certifier: Certifier | None = None,
+    points: int | None = None,
+) -> CertificateFile:
+    """Certify test points one by one and write them to certificates.json; an interrupted call goes on where it was.
+
+    Args:
+        target, recipe, data, overrides, out, trust_code: as in `audit_model`.
+        certifier: by default the one of the recipe's audit.
+        points: the first so many test points; the recipe's `audit.certificate_points` if None.
+    """
+    found = Target.open(target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code)
+    prover = certifier or found.plan.audit.certificate
+    if prover is None:
+        raise TrivetError("the recipe's audit names no certificate; add one, e.g. --sigma 0.25.")
+    points = min(points or found.plan.audit.certificate_points or len(found.test), len(found.test))
+    path, artefact = found.folder.certificates, fingerprint(found.model)
+    with sole_writer(found.folder.path), display.progress("certify", points) as advance:
+        known = _unfinished(path, artefact, prover, found.seed)
+        done = 0 if known is None else min(len(known.certificates), points)
+        advance(done)
+        parts = [] if known is None else [known.certificates]
+        result = known
+        for index in torch.arange(done, points).split(100):
+            batch = found.test.batch(index)
+            parts.append(prover.certify(found.model, batch.inputs, seed=found.seed, index=index, advance=advance))
+            whole = join(parts)
+            result = CertificateFile(whole, found.test.labels[whole.index], prover, found.seed, artefact)
+            result.save(path)
+    if result is None:
+        raise BadValue(f"points={points}: there is nothing to certify.")
+    return result
+
+
+def _unfinished(path: Path, artefact: str, certifier: Certifier, seed: int) -> CertificateFile | None:
+    """Certificates of an earlier call with the same weights, certifier and seed; others are started anew."""
+    if not path.exists():
+        return None
+    earlier = CertificateFile.load(path)
+    same = (earlier.artefact, earlier.certifier, earlier.seed) == (artefact, certifier, seed)
+    return earlier if same else None
+
+
+def compare_runs(runs: Sequence[str | Path], *, trust_code: bool = False) -> list[Subject]:
+    """The audited runs, side by side: what `trivet.audit.report.comparison` tabulates and `write_report` draws."""
+    return [Run.open(run, trust_code=trust_code).subject() for run in runs]
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, trust_code: bool = False) -> Path:
+    """One self-contained HTML page about one or more audited runs; the path it was written to.
+
+    Args:
+        runs: run folders, audited before.
+        out: the file; report.html in the folder of a single run, ./report.html for several, if None.
+    """
+    subjects = compare_runs(runs, trust_code=trust_code)
+    path = Path(out) if out else Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html")
+    if not path.parent.is_dir():
+        raise TrivetError(f"{path.parent} is not a folder; make it or choose another --out.")
+    write_text(path, render(subjects))
+    return path
+
+
+def run_demo(out: str | Path = "runs/demo") -> tuple[list[Subject], Path]:
+    """Train one small CNN on the embedded digits in three ways, audit each, and report on all: a few minutes."""
+    runs = []
+    for name in ("digits-plain", "digits-pgd-at", "digits-trades"):
+        run = train_model(name, out=Path(out) / name)
+        audit_model(run.folder.path)
+        runs.append(run.folder.path)
+    return compare_runs(runs), write_report(runs, Path(out) / "report.html")

@@ -1,0 +1,74 @@
+"""From a list of stages to a finished run: each stage's checkpoint is kept, so that a killed run goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trivet import machine
+from trivet.claims import Ledger
+from trivet.data.dataset import Splits
+from trivet.errors import TrivetError
+from trivet.files import load_tensors, save_tensors, sole_writer
+from trivet.training.folder import RunFolder, StageFiles
+from trivet.training.stage import Checkpoint, Context, Stage
+
+
+def run_stages(
+    stages: Sequence[tuple[str, Stage]],
+    model: nn.Module,
+    splits: Splits,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: torch.device,
+) -> Checkpoint:
+    """Take `model` through the named `stages`, from wherever `folder` says an earlier session got to.
+
+    Raises:
+        TrivetError: another process is writing the folder, or a stage refuses to go on; what was saved stays.
+    """
+    with sole_writer(folder.path):
+        folder.record("running", seed, machine.describe())
+        checkpoint = Checkpoint(model.to(device))
+        files = [folder.stage(number, name) for number, (name, _) in enumerate(stages)]
+        done = sum(each.finished.exists() for each in files)
+        if done:
+            checkpoint = _load(files[done - 1], checkpoint)
+        for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
+            checkpoint = stage.run(checkpoint, Context(splits, seed, each, device))
+            checkpoint.ledger.apply(name, stage.effect())
+            _save(each, checkpoint)
+            each.clear_state()
+        save_tensors(folder.weights, checkpoint.model.state_dict(), {"history": checkpoint.history})
+        checkpoint.ledger.save(folder.claims)
+        folder.record("finished", seed)
+    return checkpoint
+
+
+def _save(files: StageFiles, checkpoint: Checkpoint) -> None:
+    metadata = {"ledger": checkpoint.ledger.dump(), "history": checkpoint.history}
+    save_tensors(files.finished, checkpoint.model.state_dict(), metadata)
+
+
+def _load(files: StageFiles, checkpoint: Checkpoint) -> Checkpoint:
+    tensors, metadata = load_tensors(files.finished)
+    load_weights(checkpoint.model, tensors, str(files.finished))
+    ledger = Ledger.parse(metadata["ledger"], str(files.finished))
+    return Checkpoint(checkpoint.model, ledger, metadata["history"])
+
+
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Put `tensors` into `model`; names and shapes must be the model's own."""
+    own = model.state_dict()
+    for name in own.keys() ^ tensors.keys():
+        side = "lacks" if name in own else "has an unknown"
+        raise TrivetError(f"{where} {side} tensor {name!r}: it was written by another model than the recipe describes.")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise TrivetError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the recipe's model wants {tuple(own[name].shape)}."
+            )
+    model.load_state_dict(tensors)
