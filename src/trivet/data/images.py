@@ -37,7 +37,7 @@ def decode(encoded: Iterable[tuple[str, bytes]], size: Size | None = None, mode:
         BadValue: an image that cannot be read, or differs from the first one; the message names it.
     """
     with extra("images", "reading images needs pillow"):
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
     require(size is None or min(size) > 0, f"size={size} must be a positive (height, width).")
     pixels, first, wanted = bytearray(), "", None
@@ -47,7 +47,8 @@ def decode(encoded: Iterable[tuple[str, bytes]], size: Size | None = None, mode:
                 shaped = _shaped(image, size, mode)
                 values = shaped.tobytes()
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise BadValue(f"{name} cannot be read as an image ({error}); replace it or leave it out.") from None
+            reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+            raise BadValue(f"{name} cannot be read as an image ({reason}); replace it or leave it out.") from None
         found = (shaped.mode, *reversed(shaped.size))
         if wanted is None:
             require(

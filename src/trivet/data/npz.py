@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,11 @@ def npz(
 
 def _arrays(file: Path) -> tuple[Array, ...]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise TrivetError(f"{file} is a single array, not an archive; write it with numpy.savez.")
+        # NumPy leaves a file that it opened itself open when the archive is damaged.
+        with file.open("rb") as handle:
+            archive = np.load(handle, allow_pickle=False)
+            single = not isinstance(archive, np.lib.npyio.NpzFile)
+            require(not single, f"{file} is a single array; write several with numpy.savez.")
             for keys in _KEYS:
                 if set(keys) <= set(archive.files):
                     return tuple(archive[key] for key in keys)
@@ -74,7 +77,7 @@ def _arrays(file: Path) -> tuple[Array, ...]:
         raise TrivetError(f"there is no file {file}; set path to an .npz file.") from None
     except BadValue:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise TrivetError(f"{file} cannot be read as an archive of plain arrays ({error}); write it anew.") from None
 
 
