@@ -1,4 +1,4 @@
-"""AutoAttack: the ensemble of parameter-free attacks that robust accuracy is reported with (Croce & Hein, ICML 2020)."""
+"""AutoAttack: the ensemble of parameter-free attacks by which robustness is reported (Croce & Hein, ICML 2020)."""
 
 from __future__ import annotations
 

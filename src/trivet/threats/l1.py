@@ -14,7 +14,7 @@ from trivet.methods import method
 from trivet.threats.threat import ThreatModel
 
 
-@method(title="l_1 ball", paper="Croce & Hein, ICML 2021; Tramer & Boneh, NeurIPS 2019", legs="robust")
+@method(title="l_1 ball", paper="Croce & Hein, ICML 2021; Tramer & Boneh, NeurIPS 2019", year=2021, legs="robust")
 @dataclass(frozen=True)
 class L1(ThreatModel):
     """S(x) = { x' in [0, 1]^D : ||x' - x||_1 <= eps }.
