@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from trivet.data.dataset import Batch
 from trivet.methods import build, methods, spec_of
@@ -55,6 +56,29 @@ def test_a_step_leaves_weights_modes_and_gradient_flags_as_they_were(name, convn
         assert torch.equal(parameter, before.get_parameter(key))
         assert parameter.requires_grad
     assert [module.training for module in convnet.modules()] == [module.training for module in before.modules()]
+
+
+class _Mask(nn.Module):
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.mask
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_network_trains_step_after_step_and_its_pruned_weights_get_no_gradient(
+    name, convnet, batch, progress
+) -> None:
+    mask = (torch.rand_like(convnet[4].weight) > 0.5).float()
+    parametrize.register_parametrization(convnet[4], "weight", _Mask(mask))
+    for _ in range(2):
+        losses = backward(made(name), convnet, batch, progress)
+        assert losses.isfinite().all()
+    gradient = convnet[4].parametrizations.weight.original.grad
+    assert (gradient[mask == 0] == 0).all()
+    assert (gradient[mask == 1] != 0).any()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from trivet.data.dataset import Batch
+from trivet.objectives.objective import Progress
 from trivet.objectives.pgd_at import PgdAt
 from trivet.objectives.plain import Plain
 from trivet.threats.linf import Linf
@@ -40,6 +43,25 @@ def test_the_parameter_gradient_is_that_of_the_textbook_loop_on_a_net_with_batch
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(convnet.buffers(), reference.buffers(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)  # the attack moved no running statistics, the update did
+
+
+def test_reading_a_weight_that_is_computed_in_training_mode_moves_nothing(mlp, batch, progress) -> None:
+    """Spectral normalisation iterates whenever its weight is read in train mode; the attack reads in eval mode."""
+    nn.utils.parametrizations.spectral_norm(mlp[1])
+    before = copy.deepcopy(mlp.state_dict())
+    PgdAt(Linf(0.1), steps=2).perturb(mlp, batch, progress)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mlp.state_dict().items())
+    assert mlp[1].training
+    mlp(batch.inputs)
+    assert not torch.equal(mlp[1].parametrizations.weight[0]._u, before["1.parametrizations.weight.0._u"])
+
+
+def test_the_step_shrinks_with_the_ramp(mlp, batch) -> None:
+    objective, quarter = PgdAt(Linf(0.4), steps=1, step_size=0.02, eps_ramp=0.8), Progress(20, 100, 0.0, seed=0)
+    batch = Batch(0.5 + 0.0 * batch.inputs, batch.labels, batch.index)  # far from the ends of [0, 1]
+    start = objective.start(objective.threat.scaled(0.25), batch, quarter)
+    moved = (objective.perturb(mlp, batch, quarter) - start).abs()
+    assert float(moved.median()) == pytest.approx(0.25 * 0.02, rel=1e-3)
 
 
 def test_at_radius_zero_it_is_plain_training(mlp, batch, progress) -> None:

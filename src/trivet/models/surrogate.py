@@ -108,6 +108,9 @@ def _baked(model: nn.Module) -> nn.Module:
     baked = copy.deepcopy(model)
     for module in list(baked.modules()):
         if parametrize.is_parametrized(module):
+            # The copy shares its class with the original, and removal takes the tensor's property off that class.
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return baked
