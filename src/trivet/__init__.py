@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from trivet.api import write_report as write_report
     from trivet.errors import TrivetError as TrivetError
     from trivet.methods import build as build
-    from trivet.methods import methods as list_methods
-    from trivet.recipes.recipe import load as load_recipe
-    from trivet.recipes.recipe import shipped as list_recipes
+    from trivet.methods import methods as list_methods  # noqa: F401
+    from trivet.recipes.recipe import load as load_recipe  # noqa: F401
+    from trivet.recipes.recipe import shipped as list_recipes  # noqa: F401
 
 _HOMES = {
     "Run": "trivet.api:Run",
@@ -43,7 +43,7 @@ _HOMES = {
     "train_model": "trivet.api:train_model",
     "write_report": "trivet.api:write_report",
 }
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,7 @@ class Run:
         """The trained model in eval mode; `like` tells input shape and classes."""
         if not self.folder.weights.exists():
             raise TrivetError(
-                f"{self.folder.path} has no weights yet; finish it with `trivet train … --out {self.folder.path} --resume`."
+                f"{self.folder.path} has no weights yet; finish it with `trivet train {self.folder.path} --resume`."
             )
         model = self.plan.model(like)
         load_weights(model, load_tensors(self.folder.weights)[0], str(self.folder.weights))
@@ -210,7 +210,7 @@ def train_model(
 def _resumed(path: Path, asked: Source, same: bool, trust_code: bool) -> Source:
     """The recipe an interrupted run was started with; another one asked for now is refused."""
     started = load(path, trust=True)
-    if not same and asked.recipe != started.recipe or asked.recipe.name != started.recipe.name:
+    if asked.recipe.name != started.recipe.name or (not same and asked.recipe != started.recipe):
         raise TrivetError(
             f"{path} was started with other settings than asked for now; resume it without --set and --data, "
             "or choose another --out."

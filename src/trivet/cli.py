@@ -217,7 +217,7 @@ def certify(
     _show(
         rows,
         False,
-        title=f"{found.certificates.norm} certificates of {len(found.certificates)} points, % with 95 % interval",
+        title=f"{found.certificates.norm}, {len(found.certificates)} points: certified, in % with 95 % interval",
     )
     for condition in found.certificates.conditions:
         print(f"  - {condition}")

@@ -173,10 +173,16 @@ def _built_field(path: Path, room: str, spec: Mapping[str, Any] | str, context: 
 def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError, validate_call
 
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     try:
-        if isinstance(found.make, type):
-            return TypeAdapter(found.make).validate_python(dict(settings))
+        if dataclasses.is_dataclass(found.make):
+            own = hasattr(found.make, "__pydantic_config__")
+            return TypeAdapter(found.make, config=None if own else config).validate_python(dict(settings))
+        if isinstance(found.make, type):  # a user's plain class: it checks its own arguments
+            return found.make(**settings)
         return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(found.make)(**settings)
+    except TypeError as error:
+        raise FieldError((), f"{found.name} cannot be made: {error}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

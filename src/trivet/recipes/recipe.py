@@ -100,11 +100,11 @@ def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None 
     try:
         text = path.read_text()
         node = yaml.compose(text, Loader=_Loader)
+        _refuse_duplicates(node, str(path))
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader that also reads 8/255 and 1e-4
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TrivetError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     lines: Lines = dict(_lines(node)) if node is not None else {}
-    _refuse_duplicates(node, str(path))
-    content = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader that also reads 8/255 and 1e-4
     if not isinstance(content, dict):
         raise TrivetError(f"{path} must hold a mapping with name, data, model and stages; see `trivet recipes`.")
     for override in overrides:
