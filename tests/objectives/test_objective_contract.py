@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from trivet.data.dataset import Batch
 from trivet.methods import build, methods, spec_of
 from trivet.objectives.objective import Objective, Progress
+from trivet.threats.l2 import L2
 from trivet.threats.linf import Linf
 
 EPS = 0.1
@@ -97,15 +98,20 @@ def test_another_step_or_seed_draws_another_start(name, mlp, batch) -> None:
     assert not torch.equal(here, elsewhere)
 
 
+@pytest.mark.parametrize("threat", [Linf(EPS), L2(0.5)], ids=["Linf", "L2"])
 @pytest.mark.parametrize("name", INSIDE_THREAT)
-def test_perturbed_inputs_lie_in_the_threat_set_and_carry_no_graph(name, convnet, batch, progress) -> None:
-    objective = made(name)
+def test_perturbed_inputs_lie_in_the_threat_set_and_carry_no_graph(name, threat, convnet, batch, progress) -> None:
+    settings = {"objective": {"name": "trades", "threat": threat}} if name == "awp" else {"threat": threat}
+    objective = made(name, **settings)
     for _ in range(3):  # free adversarial training moves only after a step
         perturbed = objective.perturb(convnet, batch, progress)
-        assert Linf(EPS).contains(perturbed, batch.inputs).all()
+        assert threat.contains(perturbed, batch.inputs).all()
         assert not perturbed.requires_grad
         backward(objective, convnet, batch, progress)
-    assert (perturbed - batch.inputs).abs().amax() > EPS / 2
+    size = torch.linalg.vector_norm(
+        (perturbed - batch.inputs).flatten(1), ord=float("inf") if threat.norm == "Linf" else 2.0, dim=1
+    )
+    assert (size > threat.eps / 2).all()
 
 
 @pytest.mark.parametrize("name", ["alp", "fast_at", "mart", "pgd_at", "trades"])
