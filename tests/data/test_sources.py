@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from trivet.data.cifar10 import cifar10
 from trivet.data.dataset import Splits
 from trivet.data.digits import digits
 from trivet.data.image_folder import image_folder
+from trivet.data.images import decode
 from trivet.data.mnist import mnist
 from trivet.data.npz import npz
 from trivet.data.parquet import parquet
@@ -215,6 +221,15 @@ def test_a_missing_package_is_asked_for_in_one_sentence(tmp_path: Path, monkeypa
     assert str(refusal.value) == "reading Parquet needs pyarrow and pillow: pip install 'trivet[parquet]'."
 
 
+def test_the_register_of_sources_loads_no_heavy_reader() -> None:
+    program = (
+        "import sys; from trivet.methods import methods; assert len(methods('data')) >= 9; "
+        "print(*sorted({'PIL', 'pyarrow', 'sklearn', 'datasets', 'pandas'} & sys.modules.keys()))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == ""
+
+
 # ---- image folders ------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +292,32 @@ def test_a_format_that_needs_an_outside_program_is_not_even_recognised(tmp_path:
         image_folder(tmp_path)
 
 
+@given(st.data(), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF"]))
+@settings(deadline=None, max_examples=60)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_image_is_read_or_refused_but_nothing_else_happens(data: st.DataObject, kind: str) -> None:
+    damaged = bytearray(encoded(pictures(1)[0], kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(BadValue):
+        images = decode([("damaged", bytes(damaged))], size=(4, 4), mode="RGB")
+        assert images.shape == (1, 3, 4, 4)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_damaged_archive_is_read_or_refused_but_nothing_else_happens(data: st.DataObject) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **dict(zip(ARRAYS, (pictures(3), np.arange(3)) * 2, strict=True)))
+    damaged = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(TrivetError):
+        file = Path(folder) / "damaged.npz"
+        file.write_bytes(damaged)
+        assert len(npz(file, layout="NHWC").train) == 3
+
+
 def test_missing_folders_and_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrivetError, match=r"there is no folder .*nowhere/train"):
         image_folder(tmp_path / "nowhere")
@@ -314,14 +355,14 @@ def inputs_of(splits: Splits) -> torch.Tensor:
 def test_an_archive_gives_the_same_inputs_in_every_layout_and_number_format(tmp_path: Path) -> None:
     pixels, labels = pictures(6), np.array([0, 1, 2, 0, 1, 2], np.uint8)
     expected = as_nchw(pixels).float() / 255
-    for images, settings in (
+    for images, fields in (
         (pixels.transpose(0, 3, 1, 2), {}),
         (pixels, {"layout": "NHWC"}),
         (pixels.astype(np.int32), {"layout": "NHWC"}),
         (pixels / np.float32(255), {"layout": "NHWC"}),
         (pixels.astype(np.float64), {"layout": "NHWC", "scale": 255}),
     ):
-        spec = {"name": "npz", "path": str(write_npz(tmp_path / "mine.npz", images, labels)), **settings}
+        spec = {"name": "npz", "path": str(write_npz(tmp_path / "mine.npz", images, labels)), **fields}
         splits = build("data", spec)
         torch.testing.assert_close(inputs_of(splits), expected, rtol=0, atol=6e-8)
         assert splits.train.labels.tolist() == labels.tolist()

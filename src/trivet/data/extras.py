@@ -1,4 +1,4 @@
-"""Packages that only some users need: imported where they are used, and asked for in one sentence when missing."""
+"""Packages that only some users need: asked for in one sentence when missing, quoted in one line when they fail."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def extra(name: str, need: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError:
         raise TrivetError(f"{need}: pip install 'trivet[{name}]'.") from None
+
+
+def in_one_line(error: Exception) -> str:
+    """What another package says went wrong, to stand within a message of ours."""
+    return " ".join(str(error).split())

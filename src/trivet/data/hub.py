@@ -9,7 +9,7 @@ from typing import Any
 
 from trivet.data.arrow import Shard, decode_splits, find_columns
 from trivet.data.dataset import Splits
-from trivet.data.extras import extra
+from trivet.data.extras import extra, in_one_line
 from trivet.data.images import Mode, Size
 from trivet.errors import TrivetError
 from trivet.methods import method
@@ -67,8 +67,9 @@ def _loaded(dataset: str, config: str | None, splits: list[str], **where: Any) -
         try:
             return datasets.load_dataset(dataset, config, split=splits, **where, **refusal)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise TrivetError(f"{dataset} cannot be loaded through the datasets library: {reason}") from None
+            raise TrivetError(
+                f"{dataset} cannot be loaded through the datasets library: {in_one_line(error)}"
+            ) from None
 
 
 @contextmanager

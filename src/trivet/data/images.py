@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trivet.data.extras import extra
+from trivet.data.extras import extra, in_one_line
 from trivet.errors import BadValue, require
 
 Mode = Literal["L", "RGB"]
@@ -46,8 +46,8 @@ def decode(encoded: Iterable[tuple[str, bytes]], size: Size | None = None, mode:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 shaped = _shaped(image, size, mode)
                 values = shaped.tobytes()
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        except Exception as error:  # on damaged files Pillow's parsers raise errors of every kind
+            reason = "no known format" if isinstance(error, UnidentifiedImageError) else in_one_line(error)
             raise BadValue(f"{name} cannot be read as an image ({reason}); replace it or leave it out.") from None
         found = (shaped.mode, *reversed(shaped.size))
         if wanted is None:

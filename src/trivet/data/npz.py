@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trivet.data.dataset import Splits
+from trivet.data.extras import in_one_line
 from trivet.data.labels import Part, labelled
 from trivet.errors import BadValue, TrivetError, require
 from trivet.methods import method
@@ -78,7 +79,9 @@ def _arrays(file: Path) -> tuple[Array, ...]:
     except BadValue:
         raise
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise TrivetError(f"{file} cannot be read as an archive of plain arrays ({error}); write it anew.") from None
+        raise TrivetError(
+            f"{file} cannot be read as an archive of plain arrays ({in_one_line(error)}); write it anew."
+        ) from None
 
 
 def _images(array: Array, layout: str, scale: float, where: str) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from trivet.data.arrow import NEEDS_PARQUET, Columns, Shard, decode_splits, features_of, find_columns
 from trivet.data.dataset import Splits
-from trivet.data.extras import extra
+from trivet.data.extras import extra, in_one_line
 from trivet.data.images import Mode, Size
 from trivet.errors import TrivetError, require
 from trivet.methods import method
@@ -93,5 +93,5 @@ def _read(file: Path, image: str | None, label: str | None) -> tuple[Columns, Sh
             schema = opened.schema_arrow
             columns = find_columns(schema.names, features_of(schema), str(file), image, label)
             return columns, Shard(str(file), opened.read(columns=[columns.image, columns.label]))
-    except (pa.ArrowException, OSError) as error:
-        raise TrivetError(f"{file} cannot be read as Parquet ({error}); restore it.") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise TrivetError(f"{file} cannot be read as Parquet ({in_one_line(error)}); restore it.") from None
