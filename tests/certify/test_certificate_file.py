@@ -23,7 +23,11 @@ SMOOTHING = Smoothing(0.3, n0=50, n=500, alpha=0.01)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CertificateFile]:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[1].weight.normal_(generator=generator(0, "test weights"))
+        model[1].bias.fill_(0.0)
     x = torch.rand(6, 1, 2, 2, generator=generator(0, "test images"))
+    x[0] = 0.0  # all logits 0 in the mean, so an abstention
     certificates = SMOOTHING.certify(model, x, seed=11, index=torch.arange(6) * 5)
     written = CertificateFile(certificates, torch.tensor([0, 1, 2, 0, 1, 2]), SMOOTHING, 11, fingerprint(model))
     path = tmp_path_factory.mktemp("run") / "certificates.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,10 @@ def test_the_compiler_counts_as_eager_execution_does() -> None:
     fast = replace(smoothing, compile=True).certify(net, X, seed=0)
     assert int((eager.evidence["count"] - fast.evidence["count"]).abs().max()) <= 1  # a tie may round differently
     assert fast.conditions[2].endswith(", compiled")
+    with torch.no_grad():
+        net[4].weight.zero_()
+        net[4].bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    assert replace(smoothing, compile=True).certify(net, X, seed=0).labels.tolist() == [2, 2]
 
 
 def test_a_compiler_that_fails_is_reported_and_eager_execution_gives_the_same(
@@ -80,15 +85,24 @@ def test_a_compiled_model_sees_one_shape_and_idle_rows_have_no_vote(
     assert torch.equal(certificates.evidence["count"], eager.evidence["count"])
 
 
-def test_weights_are_compiled_once_and_again_when_they_change(compilations: list[nn.Module]) -> None:
+def test_new_weights_are_followed_without_compiling_again(compilations: list[nn.Module]) -> None:
     net = small_net()
     example = torch.rand(8, 1, 4, 4)
-    first, _ = compiled(surrogate(net, "fp32"), example)
-    before = first(example)
-    assert compiled(surrogate(net, "fp32"), example)[0] is first
+    run, _ = compiled(surrogate(net, "fp32"), example)
+    before = run(example)
     with torch.no_grad():
         net[4].bias.add_(1.0)
-    second, _ = compiled(surrogate(net, "fp32"), example)
-    assert torch.equal(first(example), before)  # the old constants did not follow half-way
-    assert torch.allclose(second(example), before + 1.0)
-    assert len(compilations) == 2
+        net[1].running_mean.add_(0.5)
+    again, _ = compiled(surrogate(net, "fp32"), example)
+    assert torch.allclose(again(example), net(example), atol=1e-6)
+    assert not torch.allclose(again(example), before, atol=0.5)
+    assert len(compilations) == 1
+
+
+def test_compiled_code_does_not_outlive_its_model(compilations: list[nn.Module]) -> None:
+    net = small_net()
+    compiled(surrogate(net, "fp32"), torch.rand(8, 1, 4, 4))
+    before = len(compiled_module._COMPILED)
+    del net
+    gc.collect()
+    assert len(compiled_module._COMPILED) == before - 1

@@ -1,4 +1,4 @@
-"""A compiled forward pass with the weights as constants: for the many thousand passes of one sampling certificate."""
+"""A compiled forward pass: for the many thousand passes of one sampling certificate."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from trivet.models.surrogate import Logits, Surrogate
 
 
 class _Compiled(NamedTuple):
-    weights: Surrogate
+    net: Surrogate
     shape: torch.Size
     run: Logits
     note: str
 
 
+# Of a copy: compiled code holds on to its module, and a value that holds on to its key would never be freed.
 _COMPILED: WeakKeyDictionary[Surrogate, _Compiled] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def compiled(net: Surrogate, example: Tensor) -> tuple[Logits, str]:
-    """`net` with its present weights, compiled for inputs like `example` [B, ...]; compiled again when they change.
+    """`net` with its present weights, compiled for inputs like `example` [B, ...]; later calls only copy the weights.
 
     Where the compiler fails, the second value says so and the first runs eagerly. That is settled before anything is
     counted, so that one run never mixes two arithmetics.
     """
     known = _COMPILED.get(net)
-    if known is None or known.shape != example.shape or not _same_weights(known.weights, net):
-        # A copy, because constants in the compiled code would not follow, or half follow, a later refresh.
-        frozen = copy.deepcopy(net)
-        known = _COMPILED[net] = _Compiled(frozen, example.shape, *_try(frozen, example))
+    if known is None or known.shape != example.shape:
+        own = copy.deepcopy(net)
+        known = _COMPILED[net] = _Compiled(own, example.shape, *_try(own, example))
+    for ours, theirs in zip(_tensors(known.net), _tensors(net), strict=True):
+        ours.copy_(theirs)
     return known.run, known.note
 
 
 def _try(net: Surrogate, example: Tensor) -> tuple[Logits, str]:
     try:
         # fullgraph: a graph break or an exhausted recompile limit is an error here instead of a silent slow path.
-        run: Callable[[Tensor], Tensor] = torch.compile(net, fullgraph=True, dynamic=False, options={"freezing": True})
+        run: Callable[[Tensor], Tensor] = torch.compile(net, fullgraph=True, dynamic=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own deprecations are nothing a user can mend
             run(example)
@@ -51,6 +53,5 @@ def _try(net: Surrogate, example: Tensor) -> tuple[Logits, str]:
     return run, ""
 
 
-def _same_weights(a: Surrogate, b: Surrogate) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def _tensors(net: Surrogate) -> list[Tensor]:
+    return [*net.parameters(), *net.buffers()]

@@ -70,8 +70,8 @@ class Smoothing(Certifier):
         norm: of the certified ball.
         precision: the arithmetic of f; certificates in bf16 are about the bfloat16 network.
         batch_size: copies per forward pass, of one input or of several; multiples of 100 waste nothing.
-        compile: run f through torch.compile with its weights as constants: seconds to minutes once, then faster on
-            most networks. Falls back to eager execution where the compiler fails, and says so in the conditions.
+        compile: run f through torch.compile: seconds to minutes once per network and batch size, then faster on
+            most. Falls back to eager execution where the compiler fails, and says so in the conditions.
     """
 
     sigma: float
