@@ -1,0 +1,226 @@
+"""What a model honestly costs: counted on the weights that ship, measured on the machine that is named.
+
+Zeros are not savings by themselves. A dense file stores them and a dense kernel multiplies by them, so sizes and
+operations are given twice where they differ: as executed, and as a kernel that skips zeros would need.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from trivet import machine
+from trivet.errors import require
+from trivet.models.modes import evaluating
+from trivet.models.surrogate import Surrogate
+
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The size and the work of a model.
+
+    Attributes:
+        parameters: trainable numbers, of any kind.
+        nonzero_parameters: those that are not zero.
+        weights: numbers in the kernels of convolutions and linear layers, without biases.
+        nonzero_weights: those that are not zero.
+        buffers: numbers saved with the model but not trained (running statistics, normalisation).
+        file_bytes: length of the safetensors file of its state, header included, without metadata.
+        flops: operations of one forward pass of one input in convolutions and matrix products, two for each
+            multiplication with addition, borders counted as if computed. What dense kernels execute.
+        nonzero_flops: the same without the products by zero weights of convolutions and linear layers.
+    """
+
+    parameters: int
+    nonzero_parameters: int
+    weights: int
+    nonzero_weights: int
+    buffers: int
+    file_bytes: int
+    flops: int
+    nonzero_flops: int
+
+    @property
+    def macs(self) -> int:
+        """Multiplications with addition: half of `flops`."""
+        return self.flops // 2
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the weights of all convolutions and linear layers together, in [0, 1]."""
+        return 1.0 - self.nonzero_weights / self.weights if self.weights else 0.0
+
+
+def cost_of(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
+    """Count `model` as it stands, for one input of `input_shape` (C, H, W).
+
+    Raises:
+        BadValue: weights that are still computed from others (masks, quantizers): those would be counted twice, and
+            are not what ships.
+    """
+    for name, module in model.named_modules():
+        require(
+            not parametrize.is_parametrized(module),
+            f"the weights of {name or 'the model'} are still computed by a parametrization; finish the compression "
+            "before counting.",
+        )
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    weights = [module.weight for module in model.modules() if isinstance(module, _WEIGHTED)]
+    weights = list({id(weight): weight for weight in weights}.values())
+    flops, skipped = _work(model, input_shape)
+    return Cost(
+        parameters=sum(p.numel() for p in parameters),
+        nonzero_parameters=_nonzero(parameters),
+        weights=sum(w.numel() for w in weights),
+        nonzero_weights=_nonzero(weights),
+        buffers=sum(b.numel() for b in buffers),
+        file_bytes=safetensors_bytes(model.state_dict()),
+        flops=flops,
+        nonzero_flops=flops - skipped,
+    )
+
+
+def safetensors_bytes(tensors: dict[str, Tensor]) -> int:
+    """The exact length of a safetensors file of `tensors` without metadata."""
+    # Tensors that share memory are refused by the format, and saved once for each name by `trivet.files`.
+    return len(safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}))
+
+
+def _nonzero(tensors: list[Any]) -> int:
+    return sum(int(t.detach().count_nonzero()) for t in tensors)
+
+
+@torch.no_grad()
+def _work(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
+    """FLOPs of one forward pass of one input, and how many of them multiply by a zero weight."""
+    skipped = 0
+
+    def count(module: Any, _: Any, output: Tensor) -> None:
+        nonlocal skipped
+        zeros = module.weight.numel() - _nonzero([module.weight])
+        # Every weight of a kernel is used once at each position of the output.
+        positions = output[0, 0].numel() if not isinstance(module, nn.Linear) else output[..., 0].numel()
+        skipped += 2 * zeros * positions
+
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, _WEIGHTED)]
+    counter = FlopCounterMode(display=False)
+    try:
+        with evaluating(model), counter:
+            model(torch.zeros(1, *input_shape, device=_device(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return int(counter.get_total_flops()), skipped
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured time of one forward pass.
+
+    Attributes:
+        median: seconds a batch, over `repeats` runs.
+        low, high: seconds; the quartiles of the runs.
+        batch_size: inputs a batch.
+        threads: processor threads PyTorch was allowed.
+        repeats: timed runs, after warm-up.
+        path: which of the float32 ways of running the model was the fastest, and is the one reported.
+        machine: processor (and GPU, if the model lies there).
+    """
+
+    median: float
+    low: float
+    high: float
+    batch_size: int
+    threads: int
+    repeats: int
+    path: str
+    machine: str
+
+
+def measure_latency(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    batch_size: int = 1,
+    threads: int | None = None,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> Latency:
+    """The median time of a forward pass of `batch_size` inputs of `input_shape` in float32, eval mode.
+
+    The model is run as it is and with BatchNorm folded in channels-last layout, and the faster way is reported: a
+    speed-up against a slow baseline is none. The folded way counts only where its outputs agree with the model's.
+
+    Args:
+        threads: processor threads, None for PyTorch's present setting; restored afterwards.
+        repeats: timed runs of each way.
+        warmup: untimed runs before them.
+
+    Raises:
+        BadValue: numbers below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("repeats", repeats), ("warmup", warmup)):
+        require(value >= 1, f"{name}={value} must be at least 1.")
+    require(threads is None or threads >= 1, f"threads={threads} must be at least 1.")
+    x = torch.rand(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(_device(model))
+    with evaluating(model), torch.inference_mode(), _threads(threads) as allowed:
+        folded = Surrogate(model, "fp32").refresh(model)
+        ways: dict[str, Callable[[Tensor], Tensor]] = {"as it is": model}
+        if torch.allclose(folded(x), model(x), rtol=1e-3, atol=1e-4):
+            ways["BatchNorm folded, channels last"] = folded
+        times = {name: _times(way, x, repeats, warmup) for name, way in ways.items()}
+    path = min(times, key=lambda name: statistics.median(times[name]))
+    low, median, high = _quartiles(times[path])
+    gpu = f", {torch.cuda.get_device_name(x.device)}" if x.is_cuda else ""
+    return Latency(median, low, high, batch_size, allowed, repeats, path, machine.processor() + gpu)
+
+
+def _times(way: Callable[[Tensor], Tensor], x: Tensor, repeats: int, warmup: int) -> list[float]:
+    times = []
+    for run in range(warmup + repeats):
+        _wait(x)
+        start = time.perf_counter()
+        way(x)
+        _wait(x)
+        if run >= warmup:
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def _wait(x: Tensor) -> None:
+    """Work on a GPU is only queued when the call returns."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _quartiles(times: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return ordered[math.floor(last / 4)], statistics.median(ordered), ordered[math.ceil(3 * last / 4)]
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield threads or before
+    finally:
+        torch.set_num_threads(before)
