@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_latency_is_positive_and_says_how_it_was_measured() -> None:
 def test_a_stand_in_that_computes_something_else_is_not_timed() -> None:
     class Doubling(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.01)
             return 2 * x
 
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
