@@ -1,0 +1,189 @@
+"""Charts as inline SVG: drawn in the page's own type and colours, so that they follow light, dark and print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from trivet.audit.html import Html, tag
+
+_WIDTH, _HEIGHT = 520.0, 280.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 14.0, 12.0, 40.0
+_BREAK = 34.0  # room for an axis break and the one tick behind it
+HUES = 8
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: points (x, y), a band (x, low, high) around it, and the number of its colour."""
+
+    name: str
+    hue: int
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
+    marks: bool = True
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the x values go: linear up to `last`, and one value behind a break, if any."""
+
+    last: float
+    behind: float | None
+    ticks: Sequence[tuple[float, str]]
+
+    def __call__(self, x: float) -> float:
+        width = _WIDTH - _LEFT - _RIGHT - (_BREAK if self.behind is not None else 0.0)
+        if self.behind is not None and x > self.last:
+            return _WIDTH - _RIGHT - 8.0
+        return _LEFT + (width * x / self.last if self.last else 0.0)
+
+
+def radius_axis(radii: Sequence[float], write: Callable[[float], str]) -> Axis:
+    """An axis for radii; the greatest goes behind a break where it is more than twice the next."""
+    ordered = sorted(set(radii))
+    behind = ordered.pop() if len(ordered) > 2 and ordered[-1] > 2 * ordered[-2] else None
+    last = ordered[-1]
+    shown = ordered if len(ordered) <= 9 else nice_ticks(last)
+    ticks = [(x, write(x)) for x in shown] + ([(behind, write(behind))] if behind is not None else [])
+    return Axis(last, behind, ticks)
+
+
+def nice_ticks(last: float, about: int = 5) -> list[float]:
+    """Round numbers from 0 to `last`."""
+    if last <= 0:
+        return [0.0]
+    magnitude = 10 ** math.floor(math.log10(last / about))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if last / (m * magnitude) <= about)
+    return [step * i for i in range(int(last / step + 1e-9) + 1)]
+
+
+def line_chart(
+    series: Sequence[Series],
+    axis: Axis,
+    *,
+    x_title: str,
+    y_title: str,
+    top: float = 1.0,
+    percent: bool = True,
+    marker: tuple[float, str] | None = None,
+) -> Html:
+    """Lines over `axis`, y from 0 to `top`; `marker` is a labelled vertical line, such as the threat's radius."""
+
+    def y_of(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * min(y, top) / (top or 1.0)
+
+    parts = [_y_grid(y_of, top, percent), _x_ticks(axis)]
+    if marker is not None:
+        x = axis(marker[0])
+        parts.append(tag("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="marker"))
+        parts.append(tag("text", marker[1], x=x + 4, y=_TOP + 9, class_="note"))
+    for each in series:
+        if each.band:
+            upper = [(axis(x), y_of(high)) for x, _, high in each.band]
+            lower = [(axis(x), y_of(low)) for x, low, _ in reversed(each.band)]
+            parts.append(tag("polygon", points=_path([*upper, *lower]), class_=f"band hue{each.hue % HUES}"))
+    for each in series:
+        parts += _line(each, axis, y_of, percent)
+    parts.append(tag("text", x_title, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 6, class_="title middle"))
+    label = f"{y_title} against {x_title}: {', '.join(each.name for each in series)}"
+    return _svg(_WIDTH, _HEIGHT, label, parts)
+
+
+def _line(series: Series, axis: Axis, y_of: Callable[[float], float], percent: bool) -> list[Html]:
+    hue = f"hue{series.hue % HUES}"
+    reached = [(axis(x), y_of(y)) for x, y in series.points if axis.behind is None or x <= axis.last]
+    parts = [tag("polyline", points=_path(reached), class_=f"line {hue}")] if len(reached) > 1 else []
+    beyond = [(axis(x), y_of(y)) for x, y in series.points if axis.behind is not None and x > axis.last]
+    if beyond and reached:
+        parts.append(tag("polyline", points=_path([reached[-1], beyond[0]]), class_=f"line far {hue}"))
+    for x, y in series.points if series.marks else ():
+        said = f"{series.name}: {100 * y:.1f} % at {x:.4g}" if percent else f"{series.name}: {y:.4g} at {x:.4g}"
+        parts.append(tag("circle", tag("title", said), cx=axis(x), cy=y_of(y), r=2.8, class_=f"mark {hue}"))
+    return parts
+
+
+def _y_grid(y_of: Callable[[float], float], top: float, percent: bool) -> Html:
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else nice_ticks(top, 4)
+    lines = []
+    for tick in ticks:
+        y = y_of(tick)
+        lines.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid" if tick else "axis"))
+        said = f"{100 * tick:.0f} %" if percent else f"{tick:.4g}"
+        lines.append(tag("text", said, x=_LEFT - 7, y=y + 3.5, class_="tick end"))
+    return tag("g", lines)
+
+
+def _x_ticks(axis: Axis) -> Html:
+    foot = _HEIGHT - _BOTTOM
+    parts = []
+    for x, said in axis.ticks:
+        parts.append(tag("line", x1=axis(x), x2=axis(x), y1=foot, y2=foot + 4, class_="axis"))
+        parts.append(tag("text", said, x=axis(x), y=foot + 16, class_="tick middle"))
+    if axis.behind is not None:
+        middle = (axis(axis.last) + axis(axis.behind)) / 2
+        for shift in (-3.0, 3.0):
+            x = middle + shift
+            parts.append(tag("line", x1=x - 3, x2=x + 3, y1=foot + 5, y2=foot - 5, class_="axis"))
+    return tag("g", parts)
+
+
+def class_bars(names: Sequence[str], clean: Sequence[float], worst: Sequence[tuple[float, float, float]]) -> Html:
+    """A row for each class: accuracy without attack (pale), under attack (full), and the latter's interval.
+
+    `worst` holds (value, low, high).
+    """
+    row, left, right, width = 21.0, 86.0, 40.0, 420.0
+    height = row * len(names) + 22
+
+    def x_of(value: float) -> float:
+        return left + (width - left - right) * value
+
+    parts = []
+    for tick in (0.0, 0.5, 1.0):
+        parts.append(tag("line", x1=x_of(tick), x2=x_of(tick), y1=0, y2=height - 20, class_="grid"))
+        parts.append(tag("text", f"{100 * tick:.0f} %", x=x_of(tick), y=height - 6, class_="tick middle"))
+    for number, (name, pale, (value, low, high)) in enumerate(zip(names, clean, worst, strict=True)):
+        y = row * number
+        short = name if len(name) <= 12 else name[:11] + "…"
+        said = f"{name}: {100 * pale:.1f} % clean, {100 * value:.1f} % under attack [{100 * low:.1f}, {100 * high:.1f}]"
+        parts.append(
+            tag(
+                "g",
+                tag("title", said),
+                tag("text", short, x=left - 8, y=y + 13, class_="tick end"),
+                tag("rect", x=left, y=y + 4, width=x_of(pale) - left, height=11, class_="bar pale"),
+                tag("rect", x=left, y=y + 4, width=x_of(value) - left, height=11, class_="bar"),
+                tag("line", x1=x_of(low), x2=x_of(high), y1=y + 9.5, y2=y + 9.5, class_="whisker"),
+                tag("text", f"{100 * value:.0f}", x=width - right + 8, y=y + 13, class_="tick"),
+            )
+        )
+    return _svg(width, height, "accuracy by class, without and under attack", parts)
+
+
+def whisker(value: float, low: float, high: float) -> Html:
+    """A rate with its interval on a scale from 0 to 1, as small as a word."""
+    parts = [
+        tag("line", x1=0, x2=80, y1=4, y2=4, class_="grid"),
+        tag("line", x1=80 * low, x2=80 * high, y1=4, y2=4, class_="span"),
+        tag("circle", cx=max(2.5, min(77.5, 80 * value)), cy=4, r=2.5, class_="dot"),
+    ]
+    return tag("svg", parts, viewBox="0 0 80 8", class_="whisker", aria_hidden="true")
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _svg(width: float, height: float, label: str, parts: Sequence[Html]) -> Html:
+    return tag("svg", parts, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label, class_="chart")
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
+    """At most about `most` points: the means of equal runs of them."""
+    size = max(1, math.ceil(len(points) / most))
+    starts = [*range(0, len(points), size), len(points)]
+    runs = [points[a:b] for a, b in pairwise(starts)]
+    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs if run]

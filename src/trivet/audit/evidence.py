@@ -1,0 +1,202 @@
+"""The middle of the report: curves, classes, pictures, and whether the numbers can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from trivet.audit import charts
+from trivet.audit.cells import key, right, state
+from trivet.audit.charts import Series
+from trivet.audit.findings import Check
+from trivet.audit.html import Content, Html, section, table, tag
+from trivet.audit.labels import in_pixels
+from trivet.audit.pictures import data_uri, difference
+from trivet.audit.subject import Subject
+from trivet.certify.curves import format_radius
+
+_NOTHING = Html("")
+_MOST_CLASSES = 20
+
+
+def curves(subjects: Sequence[Subject]) -> Html:
+    """Accuracy over the radius: what attacks leave, and what is proved."""
+    figures = [*_attacked(subjects), *_certified(subjects)]
+    return section("curves", "Over the radius", tag("div", figures, class_="grid")) if figures else _NOTHING
+
+
+def _attacked(subjects: Sequence[Subject]) -> list[Html]:
+    """One reliability curve for each geometry, with all its models."""
+    figures = []
+    for name in dict.fromkeys(subject.findings.threat.get("name") for subject in subjects):
+        shown = [
+            (number, subject, curve)
+            for number, subject in enumerate(subjects)
+            if (curve := subject.findings.curve) is not None and subject.findings.threat.get("name") == name
+        ]
+        if not shown:
+            continue
+        series = [
+            Series(
+                subject.name,
+                number,
+                [(point.eps, point.accuracy.value) for point in curve.points],
+                [(point.eps, *point.accuracy.interval) for point in curve.points],
+            )
+            for number, subject, curve in shown
+        ]
+        radii = {0.0} | {x for each in series for x, _ in each.points}
+        eps = {float(subject.findings.threat.get("eps", 0.0)) for _, subject, _ in shown}
+        chart = charts.line_chart(
+            series,
+            charts.radius_axis(sorted(radii), in_pixels),
+            x_title=f"{name} radius",
+            y_title="accuracy left",
+            marker=(eps.pop(), "threat") if len(eps) == 1 else None,
+        )
+        curve = shown[0][2]
+        trials = sorted({each.points[0].accuracy.trials for _, _, each in shown if each.points})
+        caption = (
+            f"Left by the worse of {' and '.join(curve.attacks)} on {' or '.join(map(str, trials))} points: "
+            "an upper bound at every radius. Bands are intervals. Behind a break: any image at all."
+        )
+        figures.append(_figure("Under attack", chart, caption, [each[:2] for each in shown], len(subjects)))
+    return figures
+
+
+def _certified(subjects: Sequence[Subject]) -> list[Html]:
+    """One curve of certified accuracy for each norm, with all its models."""
+    figures = []
+    proved = [(n, s, found) for n, s in enumerate(subjects) if (found := s.findings.certificate) is not None]
+    for norm in dict.fromkeys(found.norm for _, _, found in proved):
+        shown = [each for each in proved if each[2].norm == norm]
+        series = [
+            Series(
+                subject.name,
+                number,
+                [(point.radius, point.accuracy.value) for point in found.curve],
+                [(point.radius, *point.accuracy.interval) for point in found.curve],
+                marks=False,
+            )
+            for number, subject, found in shown
+        ]
+        last = max(x for each in series for x, _ in each.points) or 1.0
+        axis = charts.Axis(last, None, [(x, f"{x:.4g}") for x in charts.nice_ticks(last)])
+        chart = charts.line_chart(series, axis, x_title=f"{norm} radius", y_title="certified accuracy")
+        parts = []
+        for _, subject, found in shown:
+            who = f"{subject.name}: " if len(subjects) > 1 else ""
+            sure = f", each certificate with confidence {1 - found.alpha:g}" if found.alpha else ""
+            parts.append(
+                f"{who}{found.label} on {found.abstained.trials} points{sure}; average radius "
+                f"{format_radius(found.average_radius)}, abstained on {100 * found.abstained.value:.1f} %."
+            )
+        figures.append(_figure("Certified", chart, " ".join(parts), [each[:2] for each in shown], len(subjects)))
+    return figures
+
+
+def _figure(title: str, chart: Html, caption: str, shown: Sequence[tuple[int, Subject]], of: int) -> Html:
+    legend = tag("p", [key(number, subject.name) for number, subject in shown], class_="legend") if of > 1 else ""
+    return tag("figure", tag("h3", title), legend, chart, tag("figcaption", caption))
+
+
+def classes(subjects: Sequence[Subject]) -> Html:
+    """Accuracy of each class, without attack and in the worst case."""
+    figures = []
+    for number, subject in enumerate(subjects):
+        found = subject.findings
+        if not found.worst_by_class:
+            continue
+        triples = sorted(
+            zip(found.data.classes, found.clean_by_class, found.worst_by_class, strict=True),
+            key=lambda each: each[2].value if len(found.data.classes) > _MOST_CLASSES else 0.0,
+        )[:_MOST_CLASSES]
+        names, clean, worst = zip(*triples, strict=True)
+        chart = charts.class_bars(
+            names, [rate.value for rate in clean], [(rate.value, *rate.interval) for rate in worst]
+        )
+        note = (
+            f"The {len(names)} weakest of {len(found.data.classes)} classes."
+            if len(names) < len(found.data.classes)
+            else ""
+        )
+        figures.append(
+            tag(
+                "figure",
+                tag("h3", key(number, subject.name)) if len(subjects) > 1 else "",
+                chart,
+                tag("figcaption", note) if note else "",
+            )
+        )
+    if not figures:
+        return _NOTHING
+    lead = "Pale: without attack. Full: what the worst case leaves, in %, with its interval."
+    return section("classes", "Class by class", tag("div", figures, class_="grid"), lead=lead)
+
+
+def examples(subjects: Sequence[Subject]) -> Html:
+    """Pictures of attacks that succeeded."""
+    blocks = [
+        tag("div", tag("h3", key(number, subject.name)) if len(subjects) > 1 else "", _pictures(subject))
+        for number, subject in enumerate(subjects)
+        if subject.examples and len(subject.examples["index"])
+    ]
+    lead = "Records that were labelled correctly, and images near them that were not. Differences are amplified."
+    return section("examples", "Adversarial examples", blocks, lead=lead) if blocks else _NOTHING
+
+
+def _pictures(subject: Subject) -> Html:
+    e, names = subject.examples, subject.findings.data.classes
+    columns = []
+    for row in range(len(e["index"])):
+        changed, factor = difference(e["clean"][row], e["adversarial"][row])
+        before, after = (names[int(e[key][row])] for key in ("label", "adversarial_prediction"))
+        pictures = [
+            tag("img", src=data_uri(image), alt=alt)
+            for image, alt in (
+                (e["clean"][row], f"record {int(e['index'][row])}, labelled {before}"),
+                (e["adversarial"][row], f"the same, attacked, labelled {after}"),
+                (changed, f"difference, amplified {factor:.2g} times"),
+            )
+        ]
+        said = tag(
+            "figcaption", tag("b", before), " → ", tag("b", after), tag("span", f"diff x{factor:.2g}", class_="small")
+        )
+        columns.append(tag("figure", pictures, said))
+    heads = tag(
+        "div", [tag("span", each) for each in ("clean", "attacked", "difference")], class_="heads", aria_hidden="true"
+    )
+    return tag("div", tag("div", heads, columns, class_="pictures"), class_="scroll")
+
+
+def checks(subjects: Sequence[Subject]) -> Html:
+    """Every check with its rule and what was measured."""
+    blocks = []
+    for number, subject in enumerate(subjects):
+        rows = [
+            [check.title, _raised(check), check.rule, _measured(check.measured)]
+            for check in sorted(subject.findings.checks, key=lambda check: not check.raised)
+        ]
+        inner = table(["check", "", "raised when", right("measured")], rows, "checks")
+        if len(subjects) > 1:
+            summary = tag("summary", key(number, subject.name), " ", state(subject.findings))
+            inner = tag("details", summary, inner, open="" if subject.findings.flags else None)
+        blocks.append(inner)
+    lead = (
+        "Signs that attacks were hindered rather than withstood, and numbers that contradict each other. "
+        "One raised is reason to doubt; none raised is no proof."
+    )
+    return section("checks", "Can the numbers be believed?", blocks, lead=lead)
+
+
+def _raised(check: Check) -> Html:
+    if check.raised is None:
+        return tag("td", tag("span", "not possible", class_="badge"))
+    kind = {"error": "error", "warning": "warning", "note": "note"}[check.severity] if check.raised else "ok"
+    return tag("td", tag("span", "raised" if check.raised else "no", class_=f"badge {kind}"))
+
+
+def _measured(measured: Mapping[str, float]) -> Html:
+    parts: list[Content] = []
+    for name, value in measured.items():
+        parts.append(tag("span", f"{name} ", tag("b", f"{value:.4g}")))
+    return tag("td", parts, class_="number measured")

@@ -1,0 +1,224 @@
+"""Findings: what an audit measured, with everything needed to judge each number and to measure it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from trivet.errors import TrivetError
+from trivet.files import read_json, write_json
+from trivet.statistics import Rate
+
+
+def _written(rate: Rate) -> dict[str, Any]:
+    counts = {"successes": rate.successes, "trials": rate.trials, "confidence": rate.confidence}
+    return {**counts, "value": rate.value, "interval": list(rate.interval)}
+
+
+def _read(value: Any) -> Any:
+    """The counts alone: value and interval are written for readers of the file and follow from them."""
+    if isinstance(value, dict):
+        return {key: each for key, each in value.items() if key not in ("value", "interval")}
+    return value
+
+
+def _possible(rate: Rate) -> Rate:
+    if not (0 <= rate.successes <= rate.trials and 0 < rate.confidence < 1):
+        raise ValueError(f"{rate.successes} of {rate.trials} at confidence {rate.confidence} is no rate")
+    return rate
+
+
+Counted = Annotated[Rate, BeforeValidator(_read), AfterValidator(_possible), PlainSerializer(_written)]
+"""A rate; in JSON with its value and its exact interval spelled out."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(_Record):
+    """The audited records: the name of their dataset, their number, their SHA-256, and the names of the classes."""
+
+    name: str
+    points: int
+    digest: str
+    classes: tuple[str, ...]
+
+
+class AttackFinding(_Record):
+    """Accuracy left by one attack.
+
+    Attributes:
+        label: how tables call the attack.
+        spec: the attack with every setting.
+        accuracy: points still classified correctly: an upper bound on robust accuracy. None if it could not run.
+        seconds: wall-clock time.
+        broke: how many points each component of a composed attack broke.
+        note: why it could not run.
+    """
+
+    label: str
+    spec: dict[str, Any]
+    accuracy: Counted | None
+    seconds: float
+    broke: dict[str, int] = {}
+    note: str = ""
+
+
+class CurvePoint(_Record):
+    """Accuracy left at one radius."""
+
+    eps: float
+    accuracy: Counted
+
+
+class Curve(_Record):
+    """The reliability curve: accuracy left by the named attacks on the first points, radius by radius."""
+
+    attacks: tuple[str, ...]
+    points: tuple[CurvePoint, ...]
+
+
+class CertifiedPoint(_Record):
+    """Share of points certified with the right label at one radius.
+
+    `guaranteed` is a lower bound on it that allows for the chance of single certificates being wrong.
+    """
+
+    radius: float
+    accuracy: Counted
+    guaranteed: float
+
+
+class CertificateFinding(_Record):
+    """What was proved.
+
+    Attributes:
+        spec: the certifier with every setting.
+        norm, alpha, conditions: of the certificates; the conditions belong to every claim made from them.
+        at: certified accuracy at the radii the audit names, the headline first.
+        curve: the same over the whole range of radii.
+        abstained: points about which nothing was proved.
+        average_radius: ACR, in input units.
+    """
+
+    label: str
+    spec: dict[str, Any]
+    norm: str
+    alpha: float
+    conditions: tuple[str, ...]
+    at: tuple[CertifiedPoint, ...]
+    curve: tuple[CertifiedPoint, ...]
+    abstained: Counted
+    average_radius: float
+    seconds: float
+
+
+class Check(_Record):
+    """One named test of whether the other numbers can be believed.
+
+    Attributes:
+        kind: "masking" looks for signs that attacks were hindered rather than withstood, "consistency" for numbers
+            that contradict each other.
+        severity: "error" for a contradiction, "warning" for what makes the bounds on robustness unreliable, "note"
+            for what a reader should know.
+        raised: None where the check could not be made.
+        rule: when it is raised. measured: the numbers it was judged on. meaning: what follows if it is raised.
+    """
+
+    name: str
+    title: str
+    kind: Literal["masking", "consistency"]
+    severity: Literal["error", "warning", "note"]
+    raised: bool | None
+    rule: str
+    measured: dict[str, float]
+    meaning: str
+
+
+class LatencyFinding(_Record):
+    """Seconds for one batch: the median of `repeats` runs and their quartiles; `path` is the fastest way of running."""
+
+    batch_size: int
+    median: float
+    low: float
+    high: float
+    threads: int
+    repeats: int
+    path: str
+    machine: str
+
+
+class CostFinding(_Record):
+    """Size and work, as `trivet.compression.cost` counts them; FLOPs are for one input."""
+
+    parameters: int
+    nonzero_parameters: int
+    file_bytes: int
+    flops: int
+    nonzero_flops: int
+    latency: tuple[LatencyFinding, ...]
+
+
+class Findings(_Record):
+    """Everything one audit measured.
+
+    Attributes:
+        name: of the model, as people call it; source: the folder or file it came from.
+        artefact: the fingerprint of the weights; the findings are about no others.
+        threat, settings: the perturbation set and the audit's settings, as specs.
+        randomised: whether the model answers the same question differently; attacks then averaged gradients.
+        clean: accuracy on unperturbed points. clean_by_class and worst_by_class: in the order of `data.classes`.
+        worst_case: points that no attack broke. None if no attack could run.
+        provenance: command, date, versions and hardware.
+    """
+
+    format: Literal[1] = 1
+    name: str
+    source: str
+    artefact: str
+    data: Data
+    threat: dict[str, Any]
+    settings: dict[str, Any]
+    seed: int
+    provenance: dict[str, Any]
+    seconds: float
+    randomised: bool
+    clean: Counted
+    clean_by_class: tuple[Counted, ...]
+    attacks: tuple[AttackFinding, ...]
+    worst_case: Counted | None
+    worst_by_class: tuple[Counted, ...]
+    curve: Curve | None
+    certificate: CertificateFinding | None
+    checks: tuple[Check, ...]
+    cost: CostFinding
+
+    @property
+    def flags(self) -> tuple[Check, ...]:
+        """The checks that were raised and cast doubt on the numbers."""
+        return tuple(check for check in self.checks if check.raised and check.severity != "note")
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> Findings:
+        """The findings in `path`.
+
+        Raises:
+            TrivetError: no such file, another format, or damaged content.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != 1:
+            raise TrivetError(
+                f"{path} has an unknown format; it was written by another version of Trivet, audit again."
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise TrivetError(f"{path} is no audit file ({where}: {first['msg']}); audit again.") from None

@@ -1,0 +1,153 @@
+"""The rest of the report: claims, cost, training, every setting, and whose numbers these are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from trivet.audit import charts
+from trivet.audit.cells import DASH, key, right, seconds
+from trivet.audit.charts import Series
+from trivet.audit.html import Content, Html, facts, section, table, tag
+from trivet.audit.subject import Subject
+from trivet.claims import Claim
+
+_NOTHING = Html("")
+
+
+def claims(subjects: Sequence[Subject]) -> Html:
+    """Every claim: those that hold, then those that were voided and why."""
+    blocks = []
+    for number, subject in enumerate(subjects):
+        if not subject.claims:
+            continue
+        holding = [claim for claim in subject.claims if claim.holds]
+        voided = [claim for claim in subject.claims if not claim.holds]
+        parts: list[Content] = [tag("h3", key(number, subject.name))] if len(subjects) > 1 else []
+        parts.append(tag("ul", [_claim(claim) for claim in holding], class_="claims"))
+        if voided:
+            listed = tag("ul", [_claim(claim) for claim in voided], class_="claims")
+            parts.append(
+                tag("details", tag("summary", f"{len(voided)} voided"), listed, open="" if len(voided) < 6 else None)
+            )
+        blocks.append(tag("div", parts))
+    if not blocks:
+        return _NOTHING
+    lead = (
+        "Each statement is about exactly these weights and holds under its conditions, which unfold. "
+        "What a later step voided is kept, with the reason."
+    )
+    return section("claims", "Claims", blocks, lead=lead)
+
+
+def _claim(claim: Claim) -> Html:
+    kind = str(getattr(claim, "kind", "claim"))
+    settings = json.dumps(claim.obtained, ensure_ascii=False, default=str)
+    pairs: list[tuple[str, Content]] = [
+        ("check again", tag("code", claim.recheck)),
+        ("made by", claim.made_by),
+        ("weights", tag("code", claim.artefact[:16])),
+    ]
+    pairs += [("condition", each) for each in claim.conditions] + [("obtained", tag("code", settings))]
+    void = (
+        ""
+        if claim.voided is None
+        else tag("p", f"voided by {claim.voided.stage}: {claim.voided.reason}", class_="reason")
+    )
+    said = tag("span", claim.statement, class_="statement")
+    more = tag("details", tag("summary", tag("span", kind, class_=f"kind {kind}"), said), facts(pairs))
+    return tag("li", more, void, class_=None if claim.holds else "voided")
+
+
+def costs(subjects: Sequence[Subject]) -> Html:
+    """Size and speed."""
+    sizes = list(dict.fromkeys(each.batch_size for subject in subjects for each in subject.findings.cost.latency))
+    counted = ("parameters", "not zero", "bytes", "FLOPs per input", "without zeros")
+    head: list[Content] = ["model", *map(right, counted), *(right(f"ms, batch of {each}") for each in sizes)]
+    rows = []
+    for number, subject in enumerate(subjects):
+        cost = subject.findings.cost
+        timed = {each.batch_size: each for each in cost.latency}
+        numbers = (cost.parameters, cost.nonzero_parameters, cost.file_bytes, cost.flops, cost.nonzero_flops)
+        cells: list[Content] = [key(number, subject.name), *(tag("td", f"{n:,}", class_="number") for n in numbers)]
+        for each in map(timed.get, sizes):
+            spread = tag("span", f" {1e3 * each.low:.3g} to {1e3 * each.high:.3g}", class_="small") if each else ""
+            cells.append(tag("td", f"{1e3 * each.median:.3g}", spread, class_="number") if each else DASH)
+        rows.append(cells)
+    ran = [each for subject in subjects for each in subject.findings.cost.latency]
+    where = " · ".join(dict.fromkeys(f"{each.machine} with {each.threads} threads" for each in ran))
+    lead = f"Latency: the median in PyTorch on {where}, with its quartiles." if ran else ""
+    return section("costs", "Cost", table(head, rows), lead=lead)
+
+
+def training(subjects: Sequence[Subject]) -> Html:
+    """The loss over training, stage by stage."""
+    figures = []
+    for number, subject in enumerate(subjects):
+        for stage in dict.fromkeys(line.get("stage", 0) for line in subject.log):
+            lines = [line for line in subject.log if line.get("stage", 0) == stage and "loss" in line]
+            points = [(float(line.get("epoch", line.get("step", 0))), float(line["loss"])) for line in lines]
+            if len(points) < 2:
+                continue
+            points = charts.thinned(points)
+            last, top = max(x for x, _ in points) or 1.0, max(y for _, y in points)
+            axis = charts.Axis(last, None, [(x, f"{x:.4g}") for x in charts.nice_ticks(last)])
+            ticks = charts.nice_ticks(top, 4)
+            ceiling = max(top, ticks[-1]) or 1.0
+            series = [Series(subject.name, number, points, marks=False)]
+            chart = charts.line_chart(series, axis, x_title="epoch", y_title="loss", top=ceiling, percent=False)
+            figures.append(tag("figure", tag("h3", key(number, subject.name), f" stage {stage}"), chart))
+    lead = "What training minimised, batch by batch, averaged over runs of steps."
+    return section("training", "Training", tag("div", figures, class_="grid three"), lead=lead) if figures else _NOTHING
+
+
+def settings(subjects: Sequence[Subject]) -> Html:
+    """Every setting of recipe and audit."""
+    blocks = []
+    for number, subject in enumerate(subjects):
+        parts = [("recipe", subject.recipe), ("audit", subject.findings.settings)]
+        for name, value in parts:
+            if value:
+                written = yaml.safe_dump(
+                    json.loads(json.dumps(value, default=str)), sort_keys=False, allow_unicode=True
+                )
+                blocks.append(
+                    tag("details", tag("summary", key(number, subject.name), f" {name}"), tag("pre", written))
+                )
+    return section("settings", "Settings", blocks)
+
+
+def provenance(subjects: Sequence[Subject]) -> Html:
+    """Whose numbers these are: command, versions, machine, seeds, dates, fingerprints."""
+    blocks = []
+    for number, subject in enumerate(subjects):
+        found = subject.findings
+        pairs: list[tuple[str, Content]] = [
+            ("weights", tag("code", found.artefact)),
+            ("from", found.source),
+            ("data", f"{found.data.name}, SHA-256 {found.data.digest}"),
+        ]
+        pairs += [
+            ("seed of the audit", str(found.seed)),
+            ("time of the audit", seconds(found.seconds)),
+            *_session(found.provenance),
+        ]
+        parts: list[Content] = [tag("h3", key(number, subject.name)) if len(subjects) > 1 else "", facts(pairs)]
+        for session in subject.run.get("sessions", ()):
+            title = f"trained {session.get('date', '')}, seed {subject.run.get('seed', '')}"
+            parts.append(tag("details", tag("summary", title), facts(_session(session))))
+        blocks.append(tag("div", parts))
+    return section("provenance", "Provenance", blocks)
+
+
+def _session(session: Mapping[str, Any]) -> list[tuple[str, Content]]:
+    machine, versions = session.get("machine", {}), session.get("versions", {})
+    return [
+        ("command", tag("code", str(session.get("command", "")))),
+        ("date", str(session.get("date", ""))),
+        ("machine", ", ".join(f"{key} {value}" for key, value in machine.items())),
+        ("versions", ", ".join(f"{key} {value}" for key, value in versions.items())),
+    ]

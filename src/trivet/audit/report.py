@@ -1,0 +1,64 @@
+"""The report: one HTML page about one audited model or several, with nothing loaded from outside and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+
+from trivet.audit import evidence, record, verdict
+from trivet.audit.html import Content, Html, tag, text
+from trivet.audit.subject import Subject
+from trivet.audit.table import comparison
+from trivet.errors import require
+
+__all__ = ["Subject", "comparison", "render"]
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def render(subjects: Sequence[Subject]) -> str:
+    """The page about `subjects`: verdicts, claims, curves, classes, examples, checks, costs, settings, provenance.
+
+    Raises:
+        BadValue: no subject.
+    """
+    require(len(subjects) > 0, "a report needs at least one audited run.")
+    title = subjects[0].name if len(subjects) == 1 else f"{len(subjects)} models compared"
+    parts = [
+        verdict.verdict(subjects),
+        record.claims(subjects),
+        evidence.curves(subjects),
+        evidence.classes(subjects),
+        evidence.examples(subjects),
+        evidence.checks(subjects),
+        record.costs(subjects),
+        record.training(subjects),
+        record.settings(subjects),
+        record.provenance(subjects),
+    ]
+    shown = [part for part in parts if part]
+    body = tag(
+        "body",
+        tag("header", verdict.masthead(title, subjects), _contents(shown)),
+        tag("main", verdict.warnings(subjects), shown),
+        tag("footer", "Written by Trivet. Everything on this page is in the page; nothing was loaded from elsewhere."),
+    )
+    style = resources.files(__package__).joinpath("report.css").read_text()
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("title", f"{title}: audit report"),
+        Html(f"<style>{style}</style>"),
+    )
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _contents(parts: Sequence[Html]) -> Html:
+    """Links to the sections, read off their ids and titles."""
+    links: list[Content] = []
+    for part in parts:
+        anchor = part.split('id="', 1)[1].split('"', 1)[0]
+        links.append(tag("a", Html(part.split("<h2>", 1)[1].split("</h2>", 1)[0]), href=f"#{anchor}"))
+    return tag("nav", text(links))
