@@ -182,6 +182,14 @@ def _view(name: str) -> Callable[[Call], Value]:
     return build
 
 
+def _expand(call: Call) -> Flow:
+    x, wanted = call.flow(), [None if isinstance(n, Sizes) else int(n) for n in call.get("size")]
+    sizes = without_batch(wanted, call.declared)
+    same = len(sizes) == len(x.shape) and all(n in (-1, own) for n, own in zip(sizes, x.shape, strict=True))
+    refuse_unless(same, "repeats values")
+    return x
+
+
 def _permute(call: Call) -> Flow | Tensor:
     x, order = call.value(), call.get("dims")
     if isinstance(x, Tensor):
@@ -251,6 +259,10 @@ def _arithmetic(function: Callable[..., Any]) -> Callable[[Call], Value]:
     return build
 
 
+def _unary(function: Callable[..., Any]) -> Callable[[Call], Value]:
+    return lambda call: call.assembly.apply(function, call.value())
+
+
 def _clamp(call: Call) -> Flow:
     x, low, high = call.flow(), call.get("min"), call.get("max")
     if low == 0 and high is None:
@@ -313,6 +325,7 @@ OPERATORS: dict[str, Operator] = {
     "elu.default": _activation(lambda call: nn.ELU(call.get("alpha", 1.0))),
     "gelu.default": _activation(lambda call: nn.GELU(call.get("approximate", "none"))),
     "hardtanh.default": _activation(lambda call: nn.Hardtanh(call.get("min_val", -1.0), call.get("max_val", 1.0))),
+    "relu6.default": _activation(lambda _: nn.ReLU6()),
     "sigmoid.default": _activation(lambda _: nn.Sigmoid()),
     "silu.default": _activation(lambda _: nn.SiLU()),
     "softplus.default": _activation(lambda call: nn.Softplus(call.get("beta", 1.0), call.get("threshold", 20.0))),
@@ -327,8 +340,11 @@ OPERATORS: dict[str, Operator] = {
     "sub.Tensor": _arithmetic(operator.sub),
     "mul.Tensor": _arithmetic(operator.mul),
     "div.Tensor": _arithmetic(operator.truediv),
-    "neg.default": lambda call: call.assembly.apply(torch.neg, call.value()),
-    "sqrt.default": lambda call: call.assembly.apply(torch.sqrt, call.value()),
+    "abs.default": _unary(torch.abs),
+    "exp.default": _unary(torch.exp),
+    "log.default": _unary(torch.log),
+    "neg.default": _unary(torch.neg),
+    "sqrt.default": _unary(torch.sqrt),
     "constant_pad_nd.default": _pad,
     "pad.default": _pad,
     "sym_size.int": _size,
@@ -339,6 +355,7 @@ VIEWS: dict[str, Operator] = {
     "view.default": _view("size"),
     "_unsafe_view.default": _view("size"),
     "reshape.default": _view("shape"),
+    "expand.default": _expand,
     "permute.default": _permute,
     "transpose.int": _transpose,
     "t.default": lambda call: call.assembly.apply(torch.t, call.weight("self")),

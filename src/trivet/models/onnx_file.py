@@ -119,7 +119,9 @@ class _Import:
         what = f"{node.op_type} node {node.name or node.output[0]!r}" if node.output else node.op_type
         if node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx"):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            raise Unsupported(f"operator {operator} is not supported; supported are {', '.join(sorted(OPERATORS))}")
+            raise Unsupported(
+                f"operator {operator} is not supported; OnnxRuntimeModel runs the file as it is, without gradients"
+            )
         try:
             step = Step(
                 assembly=self.assembly,
