@@ -161,6 +161,17 @@ def test_softplus_comes_back_as_a_layer_with_its_threshold(tmp_path: Path) -> No
     torch.testing.assert_close(load_model(export(model, x, tmp_path / "m.pt2"))(x), model(x))
 
 
+def test_a_value_changed_in_place_cannot_be_read_under_its_old_name(tmp_path: Path) -> None:
+    path = export(Lambda(lambda x: F.relu_(x - 0.5) + 1), torch.rand(2, 3), tmp_path / "m.pt2")
+
+    def change(program: Any) -> None:
+        nodes = program["graph_module"]["graph"]["nodes"]
+        nodes[2]["inputs"][0]["arg"]["as_tensor"]["name"] = nodes[0]["name"]
+
+    with pytest.raises(TrivetError, match="'sub' is read, and nothing computes it before"):
+        load_model(edit(path, "models/model.json", change))
+
+
 class Bomb:
     """Writes a file when unpickled."""
 
@@ -221,7 +232,7 @@ def test_compiled_code_is_refused(archive: Path) -> None:
 @pytest.mark.parametrize(
     "target",
     ["torch.ops.aten.from_file.default", "torch.os.system", "torch.hub.load", "_operator.add", "os.system",
-     "torch.ops.aten.relu.default.__globals__", "torch.ops.aten.__class__", ""],
+     "torch.ops.aten.relu.default.__globals__", "torch.ops.aten.__class__", "relu.default", ""],
 )  # fmt: skip
 def test_operators_come_from_the_list_alone(target: str, archive: Path) -> None:
     def change(program: Any) -> None:

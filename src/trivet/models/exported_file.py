@@ -43,7 +43,7 @@ def import_exported(path: Path, max_bytes: int) -> fx.GraphModule:
         raise TrivetError(f"{path} is not a torch.export archive or is damaged; export it again.") from None
     except Unsupported as error:
         raise TrivetError(f"{path} cannot be rebuilt: {error}.") from None
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, EOFError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, EOFError, OSError, RuntimeError) as error:
         raise TrivetError(
             f"{path} is not laid out as PyTorch {torch.__version__} does ({type(error).__name__}: {error}); "
             "export it again with this version."
@@ -124,7 +124,6 @@ class _Import:
         self.weights, self.constants = archive.tensors("data/weights"), archive.tensors("data/constants")
         self.values: dict[str, Value] = {}
         self.viewed: set[str] = set()  # names whose memory another value may share
-        self.same: dict[str, set[str]] = {}  # names of one value that changes in place
 
     def run(self) -> fx.GraphModule:
         inputs = []
@@ -184,10 +183,7 @@ class _Import:
                 f"node {result!r} ({target}) changes a value in place that has other names; call "
                 "run_decompositions() on the exported program before saving it",
             )
-            names = self.same.setdefault(read[0], {read[0]})
-            names.add(result)
-            self.same[result] = names
-            self.values |= dict.fromkeys(names, self.values[result])
+            del self.values[read[0]]  # the exporter goes on with the new name; the old value is gone
         if name in VIEWS:
             self.viewed |= {*read, result}
 
