@@ -18,34 +18,39 @@ def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
     Args:
         x: [B, D] in [0, 1]; `w`: [B, D] normals; `gap`: [B], the value at `x` of the function that is to vanish.
     """
-    toward = -gap.sign()[:, None] * w.sign()
-    room = torch.where(toward > 0, 1 - x, x)
+    toward = w.sign() * -gap.sign()[:, None]
+    room = 0.5 + toward * (0.5 - x)  # 1 - x_i upwards, x_i downwards
     slope = w.abs()
     if norm == "L1":
-        return toward * _greedy(slope, room, gap.abs())
-    pace = torch.ones_like(slope) if norm == "Linf" else slope
-    return toward * _together(slope, room, pace, gap.abs())
+        change = _greedy(slope, room, gap.abs())
+    elif norm == "L2":
+        change = torch.minimum(slope * _pace(slope * slope, slope * room, room / slope, gap.abs()), room)
+    else:
+        change = torch.minimum(_pace(slope, slope * room, room, gap.abs()), room)
+    return toward * change
 
 
-def _together(slope: Tensor, room: Tensor, pace: Tensor, goal: Tensor) -> Tensor:
-    """|d_i| = min(t pace_i, room_i), with t [B] such that sum_i slope_i |d_i| = goal.
+def _pace(rate: Tensor, gain: Tensor, until: Tensor, goal: Tensor) -> Tensor:
+    """The least t [B, 1] with sum_i min(t rate_i, gain_i) = goal; each term stops growing at t = until_i.
 
     The sum is concave and piecewise linear in t, so Newton's method climbs to the solution from t = 0 without ever
-    passing it, and is there after as many steps as there are pieces on the way: a handful, where sorting the D kinks
-    would cost log D passes over everything.
+    passing it, and has it exactly once it is on the right piece: after a few passes, where sorting the D kinks would
+    take log D. Where the goal is out of reach, t is 1e30.
     """
-    rate = slope * pace
-    t = goal / rate.sum(1).clamp(min=1e-30)
+    t = goal / rate.sum(1)
+    rows = torch.arange(len(goal), device=goal.device)
     for _ in range(64):
-        change = torch.minimum(t[:, None] * pace, room)
-        missing = goal - torch.linalg.vecdot(slope, change)
-        # No slope left means that every pixel is at the box: the corner is as near as it gets.
-        remaining = torch.linalg.vecdot(rate, (t[:, None] * pace < room).to(rate.dtype))
-        open_ = (missing > 1e-6 * goal) & (remaining > 0)
-        if not bool(open_.any()):
+        growing = (until > t[rows, None]).to(rate.dtype)
+        stopped = (gain * (1 - growing)).sum(1)
+        ahead = (goal - stopped) / (rate * growing).sum(1)
+        moves = ahead > t[rows] * (1 + 1e-6)
+        t[rows] = torch.where(moves, ahead, t[rows])
+        moves = moves.nonzero().squeeze(1)
+        if not len(moves):
             break
-        t = torch.where(open_, t + missing / remaining, t)
-    return torch.minimum(t[:, None] * pace, room)
+        if 2 * len(moves) < len(rows):
+            rate, gain, until, goal, rows = (each[moves] for each in (rate, gain, until, goal, rows))
+    return t.nan_to_num(nan=0.0, posinf=1e30)[:, None]
 
 
 def _greedy(slope: Tensor, room: Tensor, goal: Tensor) -> Tensor:
