@@ -26,7 +26,7 @@ def rate(found: Rate | None, below: str = "") -> Html:
         return DASH
     low, high = found.interval
     note = tag("span", below, class_="small") if below else ""
-    drawn = charts.whisker(found.value, low, high)
+    drawn = charts.whisker(found.value, low, high, 72)
     return tag("td", percent(found), drawn, tag("span", interval(found), class_="small"), note, class_="number stacked")
 
 
@@ -35,7 +35,7 @@ def rate_in_line(found: Rate | None, note: str = "") -> list[Content]:
     if found is None:
         return [tag("td", note, class_="none", colspan="3")]
     low, high = found.interval
-    drawn = tag("td", charts.whisker(found.value, low, high), class_="drawn")
+    drawn = tag("td", charts.whisker(found.value, low, high, 160), class_="drawn")
     return [tag("td", percent(found), class_="number"), drawn, tag("td", interval(found), class_="number small")]
 
 
@@ -68,8 +68,6 @@ def seconds(duration: float) -> str:
 
 def state(found: Findings) -> Html:
     """How many checks were raised."""
-    if not found.flags:
-        made = sum(check.raised is not None for check in found.checks)
-        return tag("span", f"none of {made} raised", class_="badge ok")
+    made = sum(check.raised is not None for check in found.checks)
     kind = "error" if any(check.severity == "error" for check in found.flags) else "warning"
-    return tag("span", f"{len(found.flags)} raised", class_=f"badge {kind}")
+    return tag("span", f"{len(found.flags)} of {made} raised", class_=f"badge {kind if found.flags else 'ok'}")

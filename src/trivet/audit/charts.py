@@ -11,7 +11,7 @@ from trivet.audit.html import Html, tag
 
 _WIDTH, _HEIGHT = 520.0, 280.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 14.0, 12.0, 40.0
-_BREAK = 34.0  # room for an axis break and the one tick behind it
+_BREAK = 52.0  # room for an axis break and the one tick behind it
 HUES = 8
 
 
@@ -37,7 +37,7 @@ class Axis:
     def __call__(self, x: float) -> float:
         width = _WIDTH - _LEFT - _RIGHT - (_BREAK if self.behind is not None else 0.0)
         if self.behind is not None and x > self.last:
-            return _WIDTH - _RIGHT - 8.0
+            return _WIDTH - _RIGHT - 6.0
         return _LEFT + (width * x / self.last if self.last else 0.0)
 
 
@@ -82,8 +82,9 @@ def line_chart(
         parts.append(tag("text", marker[1], x=x + 4, y=_TOP + 9, class_="note"))
     for each in series:
         if each.band:
-            upper = [(axis(x), y_of(high)) for x, _, high in each.band]
-            lower = [(axis(x), y_of(low)) for x, low, _ in reversed(each.band)]
+            reached = [point for point in each.band if axis.behind is None or point[0] <= axis.last]
+            upper = [(axis(x), y_of(high)) for x, _, high in reached]
+            lower = [(axis(x), y_of(low)) for x, low, _ in reversed(reached)]
             parts.append(tag("polygon", points=_path([*upper, *lower]), class_=f"band hue{each.hue % HUES}"))
     for each in series:
         parts += _line(each, axis, y_of, percent)
@@ -130,47 +131,53 @@ def _x_ticks(axis: Axis) -> Html:
     return tag("g", parts)
 
 
-def class_bars(names: Sequence[str], clean: Sequence[float], worst: Sequence[tuple[float, float, float]]) -> Html:
+def class_bars(
+    names: Sequence[str], clean: Sequence[float], worst: Sequence[tuple[float, float, float]], hue: int
+) -> Html:
     """A row for each class: accuracy without attack (pale), under attack (full), and the latter's interval.
 
     `worst` holds (value, low, high).
     """
-    row, left, right, width = 21.0, 86.0, 40.0, 420.0
-    height = row * len(names) + 22
+    shown = [name if len(name) <= 14 else name[:13] + "…" for name in names]
+    row, left, right = 19.0, 16.0 + 6.5 * max(map(len, shown)), 34.0
+    foot = row * len(names) + 2
 
     def x_of(value: float) -> float:
-        return left + (width - left - right) * value
+        return left + (_WIDTH - left - right) * value
 
     parts = []
-    for tick in (0.0, 0.5, 1.0):
-        parts.append(tag("line", x1=x_of(tick), x2=x_of(tick), y1=0, y2=height - 20, class_="grid"))
-        parts.append(tag("text", f"{100 * tick:.0f} %", x=x_of(tick), y=height - 6, class_="tick middle"))
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(tag("line", x1=x_of(tick), x2=x_of(tick), y1=0, y2=foot, class_="grid" if tick else "axis"))
+        parts.append(tag("text", f"{100 * tick:.0f} %", x=x_of(tick), y=foot + 15, class_="tick middle"))
     for number, (name, pale, (value, low, high)) in enumerate(zip(names, clean, worst, strict=True)):
-        y = row * number
-        short = name if len(name) <= 12 else name[:11] + "…"
-        said = f"{name}: {100 * pale:.1f} % clean, {100 * value:.1f} % under attack [{100 * low:.1f}, {100 * high:.1f}]"
+        y = row * number + 4
+        said = (
+            f"{name}: {100 * pale:.1f} % clean, {100 * value:.1f} % under attack ({100 * low:.1f} to {100 * high:.1f})"
+        )
         parts.append(
             tag(
                 "g",
                 tag("title", said),
-                tag("text", short, x=left - 8, y=y + 13, class_="tick end"),
-                tag("rect", x=left, y=y + 4, width=x_of(pale) - left, height=11, class_="bar pale"),
-                tag("rect", x=left, y=y + 4, width=x_of(value) - left, height=11, class_="bar"),
-                tag("line", x1=x_of(low), x2=x_of(high), y1=y + 9.5, y2=y + 9.5, class_="whisker"),
-                tag("text", f"{100 * value:.0f}", x=width - right + 8, y=y + 13, class_="tick"),
+                tag("text", shown[number], x=left - 8, y=y + 10, class_="tick end"),
+                tag("rect", x=left, y=y, width=x_of(pale) - left, height=12, class_=f"bar pale hue{hue % HUES}"),
+                tag("rect", x=left, y=y, width=x_of(value) - left, height=12, class_=f"bar hue{hue % HUES}"),
+                tag("line", x1=x_of(low), x2=x_of(high), y1=y + 6, y2=y + 6, class_="whisker"),
+                tag("text", f"{100 * value:.0f}", x=_WIDTH - 2, y=y + 10, class_="tick end"),
             )
         )
-    return _svg(width, height, "accuracy by class, without and under attack", parts)
+    return _svg(_WIDTH, foot + 20, "accuracy by class, without and under attack", parts)
 
 
-def whisker(value: float, low: float, high: float) -> Html:
+def whisker(value: float, low: float, high: float, width: float = 80.0) -> Html:
     """A rate with its interval on a scale from 0 to 1, as small as a word."""
+    x = max(1.0, min(width - 1.0, width * value))
     parts = [
-        tag("line", x1=0, x2=80, y1=4, y2=4, class_="grid"),
-        tag("line", x1=80 * low, x2=80 * high, y1=4, y2=4, class_="span"),
-        tag("circle", cx=max(2.5, min(77.5, 80 * value)), cy=4, r=2.5, class_="dot"),
+        tag("line", x1=0, x2=width, y1=5, y2=5, class_="grid"),
+        tag("line", x1=width * low, x2=width * high, y1=5, y2=5, class_="span"),
+        tag("line", x1=x, x2=x, y1=1, y2=9, class_="value"),
     ]
-    return tag("svg", parts, viewBox="0 0 80 8", class_="whisker", aria_hidden="true")
+    style = f"width: {width:g}px"
+    return tag("svg", parts, viewBox=f"0 0 {width:g} 10", class_="whisker", aria_hidden="true", style=style)
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

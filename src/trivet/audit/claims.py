@@ -105,10 +105,11 @@ class _Maker:
 
     def certificate(self, found: CertificateFinding, point: CertifiedPoint) -> Claim:
         rate = point.accuracy
-        chance = f", each with confidence {1 - found.alpha:g}" if found.alpha else ""
+        sure = f", each with confidence {1 - found.alpha:g}" if found.alpha else ""
         return CertificateClaim(
-            statement=f"{_of(rate)} of the first {rate.trials} records of {self.findings.data.name} are certified with "
-            f"the right label within {found.norm} radius {format_radius(point.radius)}{chance}.",
+            statement=f"{found.label} certifies the right label within {found.norm} radius "
+            f"{format_radius(point.radius)} for {_of(rate)} of the first {rate.trials} records of "
+            f"{self.findings.data.name}{sure}.",
             obtained=self._obtained("certificate", certifier=found.spec),
             conditions=(*self.conditions, *found.conditions, *_allowing(found, point)),
             norm=found.norm,

@@ -82,19 +82,20 @@ def _certified(subjects: Sequence[Subject]) -> list[Html]:
         last = max(x for each in series for x, _ in each.points) or 1.0
         axis = charts.Axis(last, None, [(x, f"{x:.4g}") for x in charts.nice_ticks(last)])
         chart = charts.line_chart(series, axis, x_title=f"{norm} radius", y_title="certified accuracy")
-        parts = []
+        parts: list[Html] = []
         for _, subject, found in shown:
             who = f"{subject.name}: " if len(subjects) > 1 else ""
             sure = f", each certificate with confidence {1 - found.alpha:g}" if found.alpha else ""
-            parts.append(
+            said = (
                 f"{who}{found.label} on {found.abstained.trials} points{sure}; average radius "
                 f"{format_radius(found.average_radius)}, abstained on {100 * found.abstained.value:.1f} %."
             )
-        figures.append(_figure("Certified", chart, " ".join(parts), [each[:2] for each in shown], len(subjects)))
+            parts.append(tag("span", said))
+        figures.append(_figure("Certified", chart, parts, [each[:2] for each in shown], len(subjects)))
     return figures
 
 
-def _figure(title: str, chart: Html, caption: str, shown: Sequence[tuple[int, Subject]], of: int) -> Html:
+def _figure(title: str, chart: Html, caption: Content, shown: Sequence[tuple[int, Subject]], of: int) -> Html:
     legend = tag("p", [key(number, subject.name) for number, subject in shown], class_="legend") if of > 1 else ""
     return tag("figure", tag("h3", title), legend, chart, tag("figcaption", caption))
 
@@ -112,7 +113,7 @@ def classes(subjects: Sequence[Subject]) -> Html:
         )[:_MOST_CLASSES]
         names, clean, worst = zip(*triples, strict=True)
         chart = charts.class_bars(
-            names, [rate.value for rate in clean], [(rate.value, *rate.interval) for rate in worst]
+            names, [rate.value for rate in clean], [(rate.value, *rate.interval) for rate in worst], number
         )
         note = (
             f"The {len(names)} weakest of {len(found.data.classes)} classes."
@@ -185,7 +186,7 @@ def checks(subjects: Sequence[Subject]) -> Html:
         "Signs that attacks were hindered rather than withstood, and numbers that contradict each other. "
         "One raised is reason to doubt; none raised is no proof."
     )
-    return section("checks", "Can the numbers be believed?", blocks, lead=lead)
+    return section("checks", "Checks", blocks, lead=lead)
 
 
 def _raised(check: Check) -> Html:

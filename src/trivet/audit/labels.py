@@ -18,6 +18,8 @@ def label_of(made: Any) -> str:
     if settings.get("restarts", 1) > 1:
         text += f" x{settings['restarts']}"
     details = [str(settings[key]) for key in ("version", "loss") if settings.get(key)]
+    if settings.get("sigma"):
+        details.append(f"sigma {settings['sigma']:g}")
     if settings.get("samples", 1) > 1:
         details.append(f"EOT {settings['samples']}")
     return f"{text} ({', '.join(details)})" if details else text

@@ -52,7 +52,7 @@ def of_behaviour(seen: Behaviour) -> list[Check]:
             "Randomised outputs",
             seen.randomised,
             f"any label, or the logits by more than {SPREAD:g} of their norm, differs between five passes",
-            {"labels changed": seen.labels_change, "logits changed": seen.logits_change},
+            {"labels changed, %": 100 * seen.labels_change, "logits changed, %": 100 * seen.logits_change},
             "One answer is a draw: attacks must average gradients over draws (EOT: `samples: 20`, or AutoAttack's "
             "version `rand`), and single verdicts are luck.",
         ),
@@ -77,7 +77,7 @@ def of_behaviour(seen: Behaviour) -> list[Check]:
             "Zero input gradients",
             None if seen.zero_ce is None else seen.zero_ce >= ZERO_SHARE,
             f"the cross-entropy's gradient is zero in every pixel for {100 * ZERO_SHARE:g} % of the points or more",
-            {} if seen.zero_ce is None else {"share": seen.zero_ce},
+            {} if seen.zero_ce is None else {"points, %": 100 * seen.zero_ce},
             "Saturated logits or a rounding step hide the direction; attack the margin, or pass gradients straight "
             "through the step (BPDA).",
         ),
@@ -86,7 +86,7 @@ def of_behaviour(seen: Behaviour) -> list[Check]:
             "Zero input gradients of the DLR loss",
             None if seen.zero_dlr is None else seen.zero_dlr > 0,
             "the DLR loss's gradient is zero in every pixel for any point",
-            {} if seen.zero_dlr is None else {"share": seen.zero_dlr},
+            {} if seen.zero_dlr is None else {"points, %": 100 * seen.zero_dlr},
             "AutoAttack cannot move these points by gradients; it relies on its black-box part there.",
         ),
         _check(
@@ -163,7 +163,7 @@ def of_components(broke: dict[str, int], points: int) -> list[Check]:
             "Square beats AutoAttack's gradients",
             by_square > max(BLACK_BOX * points, 2 * math.sqrt(by_square)),
             f"Square breaks more than {100 * BLACK_BOX:g} points' worth that the white-box parts left",
-            {"broken by Square": by_square / points if points else 0.0},
+            {"broken by Square, %": 100 * by_square / max(points, 1)},
             "Attacks that see only outputs break points that gradients do not: the gradients mislead.",
         )
     ]
@@ -183,7 +183,7 @@ def _rising(probes: Probes) -> Check:
         "Accuracy rises with the radius",
         raised,
         f"more than {100 * RISE:g} points more accuracy at a larger radius",
-        {"rise": worst} | ({"at eps": where} if worst else {}),
+        {"rise, points": 100 * worst} | ({"at eps": where} if worst else {}),
         "A larger set holds every adversarial point of the smaller one; the search lost them.",
     )
 
@@ -196,7 +196,7 @@ def _whole_range(probes: Probes, classes: int) -> Check:
         "Survives an unbounded attack",
         None if rate is None else rate.interval[0] > 1 / classes,
         "accuracy clearly above chance when every pixel may take any value",
-        {} if rate is None else {"accuracy": rate.value, "chance": 1 / classes},
+        {} if rate is None else {"accuracy, %": 100 * rate.value, "chance, %": 100 / classes},
         "Any image can be turned into any other at this radius, so what is left measures the attack's failure.",
     )
 
@@ -222,7 +222,7 @@ def _comparison(
         f"{first[0]} and {second[0]} {verb} by more than {100 * threshold:g} points"
         if both_ways
         else f"{first[0]} {verb} accuracy than {second[0]} by more than {100 * threshold:g} points",
-        {first[0]: _share(first[1]), second[0]: _share(second[1])},
+        {f"{name}, %": _percent(standing) for name, standing in (first, second)},
         meaning,
     )
 
@@ -237,8 +237,8 @@ def _excess(more: Tensor, less: Tensor) -> tuple[float, bool]:
     return (gained - lost) / points, abs(gained - lost) > 2 * math.sqrt(gained + lost)
 
 
-def _share(standing: Tensor) -> float:
-    return float(standing.double().mean()) if len(standing) else 0.0
+def _percent(standing: Tensor) -> float:
+    return 100 * float(standing.double().mean()) if len(standing) else 0.0
 
 
 def _check(

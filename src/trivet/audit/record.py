@@ -22,18 +22,18 @@ def claims(subjects: Sequence[Subject]) -> Html:
     """Every claim: those that hold, then those that were voided and why."""
     blocks = []
     for number, subject in enumerate(subjects):
-        if not subject.claims:
-            continue
         holding = [claim for claim in subject.claims if claim.holds]
         voided = [claim for claim in subject.claims if not claim.holds]
-        parts: list[Content] = [tag("h3", key(number, subject.name))] if len(subjects) > 1 else []
-        parts.append(tag("ul", [_claim(claim) for claim in holding], class_="claims"))
+        listed: list[Content] = [tag("ul", [_claim(claim) for claim in holding], class_="claims")]
         if voided:
-            listed = tag("ul", [_claim(claim) for claim in voided], class_="claims")
-            parts.append(
-                tag("details", tag("summary", f"{len(voided)} voided"), listed, open="" if len(voided) < 6 else None)
-            )
-        blocks.append(tag("div", parts))
+            ended = tag("ul", [_claim(claim) for claim in voided], class_="claims")
+            short = len(voided) <= 6
+            listed.append(tag("details", tag("summary", f"{len(voided)} voided"), ended, open="" if short else None))
+        if subject.claims and len(subjects) > 1:
+            counts = tag("span", f" {len(holding)} hold, {len(voided)} voided", class_="small")
+            blocks.append(tag("details", tag("summary", key(number, subject.name), counts), *listed, class_="block"))
+        elif subject.claims:
+            blocks.append(tag("div", *listed))
     if not blocks:
         return _NOTHING
     lead = (

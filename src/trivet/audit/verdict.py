@@ -122,16 +122,18 @@ def _attacks(found: Findings) -> Html:
 def _comparison(subjects: Sequence[Subject]) -> Html:
     labels = list(dict.fromkeys(attack.label for subject in subjects for attack in subject.findings.attacks))
     certified = any(subject.findings.certificate for subject in subjects)
-    head: list[Content] = ["model", "threat", right("clean"), *map(right, labels), right("worst case, at most")]
+    several = len({threat_text(subject.findings.threat) for subject in subjects}) > 1
+    head: list[Content] = ["model", *(["threat"] if several else [])]
+    head += [right("clean"), *map(right, labels), right("worst case, at most")]
     head += [*([right("certified")] if certified else []), right("size"), right("latency"), "checks"]
-    return table(head, [_row(*each, labels, certified) for each in enumerate(subjects)], "wide")
+    return table(head, [_row(*each, labels, several, certified) for each in enumerate(subjects)], "wide")
 
 
-def _row(number: int, subject: Subject, labels: Sequence[str], certified: bool) -> list[Content]:
+def _row(number: int, subject: Subject, labels: Sequence[str], several: bool, certified: bool) -> list[Content]:
     found = subject.findings
     left = {attack.label: attack.accuracy for attack in found.attacks}
-    row: list[Content] = [key(number, subject.name), threat_text(found.threat), rate(found.clean)]
-    row += [rate(left.get(label)) for label in labels] + [rate(found.worst_case)]
+    row: list[Content] = [key(number, subject.name), *([threat_text(found.threat)] if several else [])]
+    row += [rate(found.clean), *(rate(left.get(label)) for label in labels), rate(found.worst_case)]
     if certified and found.certificate is not None:
         point = found.certificate.at[0]
         row.append(rate(point.accuracy, f"{found.certificate.norm} {format_radius(point.radius)}"))
