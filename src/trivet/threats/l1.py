@@ -39,7 +39,10 @@ class L1(ThreatModel):
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         target, origin = x_adv.flatten(1).double(), x.flatten(1).double()
-        delta = project_l1_box(target - origin, origin, self.eps * (1 - 1e-12))
+        delta = project_l1_box(target - origin, origin, self.eps)
+        # What float64 may have got wrong, which can be much beside a tiny eps, is scaled away.
+        length = delta.abs().sum(1, keepdim=True)
+        delta = delta * (self.eps * (1 - 1e-12) / length.clamp(min=1e-300)).clamp(max=1.0)
         nearest = (origin + delta).to(x.dtype)
         # Rounding to the nearest float may lengthen a change; the neighbour towards x is then the right one.
         longer = (nearest.double() - origin).abs() > delta.abs()
@@ -58,7 +61,7 @@ class L1(ThreatModel):
         """
         blocked = ((x_adv >= 1) & (grad > 0)) | ((x_adv <= 0) & (grad < 0))
         size = grad.masked_fill(blocked, 0.0).abs().flatten(1)
-        chosen = max(1, math.ceil((1 - self.quantile) * size.shape[1]))
+        chosen = max(1, math.ceil(round((1 - self.quantile) * size.shape[1], 6)))
         least = size.topk(chosen, dim=1).values[:, -1:]
         moved = ((size >= least) & (size > 0)).to(grad.dtype)
         moved = moved / moved.sum(1, keepdim=True).clamp(min=1)
