@@ -134,10 +134,10 @@ def check(name: str, found: Probes) -> Check:
     ("name", "noticed", "unnoticed"),
     [
         ("one_step_stronger", {"one_step": 90}, {"one_step": 97}),
-        ("losses_disagree", {"margin": 89}, {"margin": 91}),
-        ("losses_disagree", {"margin": 111}, {"margin": 109}),
+        ("losses_disagree", {"margin": 75}, {"margin": 85}),
+        ("losses_disagree", {"margin": 125}, {"margin": 115}),
         ("black_box_stronger", {"black_box": 95}, {"black_box": 97}),
-        ("more_effort", {"longer": 95}, {"longer": 97}),
+        ("more_effort", {"longer": 94}, {"longer": 97}),
         ("rises_with_eps", {"far": 110}, {"far": 102}),
         ("survives_everything", {"whole": 35}, {"whole": 25}),
     ],
@@ -145,7 +145,7 @@ def check(name: str, found: Probes) -> Check:
 def test_a_comparison_counts_beyond_threshold_and_chance(
     name: str, noticed: dict[str, int], unnoticed: dict[str, int]
 ) -> None:
-    """Of 200 points: the thresholds of 0.2, 0.5 and 5 points, and two standard errors of a paired difference."""
+    """Of 200 points: the thresholds of 0.2, 0.5 and 5 points, with two standard errors of a paired difference."""
     assert check(name, probes(**noticed)).raised
     assert not check(name, probes(**unnoticed)).raised
 

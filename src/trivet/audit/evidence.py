@@ -191,7 +191,7 @@ def checks(subjects: Sequence[Subject]) -> Html:
 
 def _raised(check: Check) -> Html:
     if check.raised is None:
-        return tag("td", tag("span", "not possible", class_="badge"))
+        return tag("td", tag("span", "not applicable", class_="badge"))
     kind = {"error": "error", "warning": "warning", "note": "note"}[check.severity] if check.raised else "ok"
     return tag("td", tag("span", "raised" if check.raised else "no", class_=f"badge {kind}"))
 

@@ -5,8 +5,8 @@ The first group are the flags of AutoAttack (Croce & Hein, ICML 2020), the secon
 stays down; when one is raised, accuracy under attack says little about robustness until an attack made for
 this very model has been tried.
 
-Two accuracies are compared on the same points. A difference counts where it exceeds its threshold *and* two standard
-errors of a paired difference, so that no flag is raised by two or three points that could have gone either way.
+Two accuracies are compared on the same points. A difference counts where it exceeds its threshold by two standard
+errors of a paired difference, so that no flag is raised by a few points that could have gone either way.
 """
 
 from __future__ import annotations
@@ -136,16 +136,16 @@ def of_probes(probes: Probes | None, eps: float, classes: int) -> list[Check]:
         _comparison(
             "black_box_stronger",
             "Black box beats white box",
-            ("all attacks", p.black_box),
-            ("gradients", p.white_box),
+            ("search by outputs", p.black_box),
+            ("search by gradients", p.white_box),
             BLACK_BOX,
             "Attacks that see only outputs break points that gradients do not: the gradients mislead.",
         ),
         _comparison(
             "more_effort",
             "Not converged",
-            ("PGD, 100 steps", p.longer),
-            ("PGD, 20 steps", p.ce),
+            ("PGD-100", p.longer),
+            ("PGD-20", p.ce),
             EFFORT,
             "More steps still break more points: raise `steps` and `restarts` until they no longer do.",
         ),
@@ -162,7 +162,7 @@ def of_components(broke: dict[str, int], points: int) -> list[Check]:
             "square_stronger",
             "Square beats AutoAttack's gradients",
             by_square > max(BLACK_BOX * points, 2 * math.sqrt(by_square)),
-            f"Square breaks more than {100 * BLACK_BOX:g} points' worth that the white-box parts left",
+            f"of all points, Square breaks more than {100 * BLACK_BOX:g} % that the other parts left",
             {"broken by Square, %": 100 * by_square / max(points, 1)},
             "Attacks that see only outputs break points that gradients do not: the gradients mislead.",
         )
@@ -174,15 +174,15 @@ def _rising(probes: Probes) -> Check:
     worst, where, raised = 0.0, 0.0, False
     radii = sorted(probes.curve)
     for small, large in pairwise(radii):
-        rise, clear = _excess(probes.curve[large], probes.curve[small])
-        raised |= rise > RISE and clear
+        rise, error = _excess(probes.curve[large], probes.curve[small])
+        raised |= rise - 2 * error > RISE
         if rise > worst:
             worst, where = rise, large
     return _check(
         "rises_with_eps",
         "Accuracy rises with the radius",
         raised,
-        f"more than {100 * RISE:g} points more accuracy at a larger radius",
+        f"more accuracy at a larger radius, by {100 * RISE:g} points and two standard errors",
         {"rise, points": 100 * worst} | ({"at eps": where} if worst else {}),
         "A larger set holds every adversarial point of the smaller one; the search lost them.",
     )
@@ -212,29 +212,27 @@ def _comparison(
     both_ways: bool = False,
 ) -> Check:
     """Raised where `first` leaves less than `second` (or, `both_ways`, another accuracy) by more than `threshold`."""
-    excess, clear = _excess(second[1], first[1])
-    raised = (abs(excess) if both_ways else excess) > threshold and clear
-    verb = "differ" if both_ways else "leaves less"
+    excess, error = _excess(second[1], first[1])
+    raised = (abs(excess) if both_ways else excess) - 2 * error > threshold
+    how = "another" if both_ways else "less"
     return _check(
         name,
         title,
         raised,
-        f"{first[0]} and {second[0]} {verb} by more than {100 * threshold:g} points"
-        if both_ways
-        else f"{first[0]} {verb} accuracy than {second[0]} by more than {100 * threshold:g} points",
+        f"{first[0]} leaves {how} accuracy than {second[0]}, by {100 * threshold:g} points and two standard errors",
         {f"{name}, %": _percent(standing) for name, standing in (first, second)},
         meaning,
     )
 
 
-def _excess(more: Tensor, less: Tensor) -> tuple[float, bool]:
-    """How much more accuracy `more` [N] bool holds than `less`, and whether that is beyond two standard errors.
+def _excess(more: Tensor, less: Tensor) -> tuple[float, float]:
+    """How much more accuracy `more` [N] bool holds than `less`, and the standard error of that.
 
     Of the points that differ, each falls to either side as a fair coin would if there were no difference.
     """
     gained, lost = int((more & ~less).sum()), int((less & ~more).sum())
     points = max(len(more), 1)
-    return (gained - lost) / points, abs(gained - lost) > 2 * math.sqrt(gained + lost)
+    return (gained - lost) / points, math.sqrt(gained + lost) / points
 
 
 def _percent(standing: Tensor) -> float:

@@ -78,7 +78,7 @@ def costs(subjects: Sequence[Subject]) -> Html:
             cells.append(tag("td", f"{1e3 * each.median:.3g}", spread, class_="number") if each else DASH)
         rows.append(cells)
     ran = [each for subject in subjects for each in subject.findings.cost.latency]
-    where = " · ".join(dict.fromkeys(f"{each.machine} with {each.threads} threads" for each in ran))
+    where = " · ".join(dict.fromkeys(f"{each.machine}, threads: {each.threads}" for each in ran))
     lead = f"Latency: the median in PyTorch on {where}, with its quartiles." if ran else ""
     return section("costs", "Cost", table(head, rows), lead=lead)
 
@@ -99,7 +99,7 @@ def training(subjects: Sequence[Subject]) -> Html:
             ceiling = max(top, ticks[-1]) or 1.0
             series = [Series(subject.name, number, points, marks=False)]
             chart = charts.line_chart(series, axis, x_title="epoch", y_title="loss", top=ceiling, percent=False)
-            figures.append(tag("figure", tag("h3", key(number, subject.name), f" stage {stage}"), chart))
+            figures.append(tag("figure", tag("h3", key(number, subject.name), f", stage {stage}"), chart))
     lead = "What training minimised, batch by batch, averaged over runs of steps."
     return section("training", "Training", tag("div", figures, class_="grid three"), lead=lead) if figures else _NOTHING
 
@@ -115,7 +115,7 @@ def settings(subjects: Sequence[Subject]) -> Html:
                     json.loads(json.dumps(value, default=str)), sort_keys=False, allow_unicode=True
                 )
                 blocks.append(
-                    tag("details", tag("summary", key(number, subject.name), f" {name}"), tag("pre", written))
+                    tag("details", tag("summary", key(number, subject.name), f": {name}"), tag("pre", written))
                 )
     return section("settings", "Settings", blocks)
 
