@@ -65,7 +65,10 @@ def test_every_folder_of_the_package_is_a_room() -> None:
         ("import trivet", ("torch", "numpy", "pydantic", "rich")),
         ("import trivet.cli", ("torch", "numpy", "pydantic", "yaml")),
         ("import trivet.recipes.recipe", ("torch", "numpy", "scipy")),
-        ("import trivet.api", ("scipy.stats", "sklearn", "matplotlib", "PIL", "pyarrow", "onnx", "torch._dynamo.eval_frame")),
+        (
+            "import trivet.api",
+            ("scipy.stats", "sklearn", "matplotlib", "PIL", "pyarrow", "onnx", "torch._dynamo.eval_frame"),
+        ),
     ],
 )
 def test_heavy_libraries_are_imported_only_by_what_needs_them(statement: str, absent: tuple[str, ...]) -> None:
@@ -79,7 +82,9 @@ def test_nothing_unpickles_or_evaluates() -> None:
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = {alias.name.split(".")[0] for alias in node.names} | {str(getattr(node, "module", "")).split(".")[0]}
+                names = {alias.name.split(".")[0] for alias in node.names} | {
+                    str(getattr(node, "module", "")).split(".")[0]
+                }
                 assert not names & forbidden, f"{path} imports {names & forbidden}"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec"}, f"{path} calls {node.func.id}"

@@ -77,7 +77,7 @@ def test_values_are_never_evaluated() -> None:
 class Squared(Objective):
     """A user's objective."""
 
-    def losses(self, model, batch, perturbed, progress):  # noqa: ANN001, ANN201
+    def losses(self, model, batch, perturbed, progress):
         raise NotImplementedError
 
 

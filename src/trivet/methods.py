@@ -119,7 +119,7 @@ def build(room: str, spec: Mapping[str, Any] | str, **context: Any) -> Any:
     Raises:
         FieldError: unknown method, unknown or missing setting, or a value of the wrong type or range.
     """
-    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    settings: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     found = _imported(room, settings) if "import" in settings else _named(room, settings)
     hints = typing.get_type_hints(found.make)
     for field, value in settings.items():

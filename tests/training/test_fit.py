@@ -54,16 +54,20 @@ def net(seed: int = 0, dropout: float = 0.0) -> nn.Module:
 
 
 def fit(objective: Any = "plain", **settings: Any) -> Fit:
-    spec = {"name": "fit", "objective": objective, "epochs": 3, "batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.05}}
+    spec = {
+        "name": "fit",
+        "objective": objective,
+        "epochs": 3,
+        "batch_size": 20,
+        "optimizer": {"name": "sgd", "lr": 0.05},
+    }
     made: Fit = build("training", spec | settings, threat=THREAT)
     return made
 
 
 def trained(stage: Fit, folder: Path, model: nn.Module | None = None, seed: int = 5) -> Checkpoint:
     run = RunFolder.create(folder, "recipe")
-    return run_stages(
-        [("fit", stage)], model or net(), SPLITS, run, seed=seed, device=torch.device("cpu")
-    )
+    return run_stages([("fit", stage)], model or net(), SPLITS, run, seed=seed, device=torch.device("cpu"))
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -80,7 +84,9 @@ class Interrupted(Exception):
     """Stands for a kill inside a test's own process."""
 
 
-def interrupted_at(step: int, stage: Fit, folder: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Checkpoint:
+def interrupted_at(
+    step: int, stage: Fit, folder: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module
+) -> Checkpoint:
     """Train, be stopped just before `step`, and resume with a freshly initialised model."""
     from trivet.training import fit as module
 
@@ -110,9 +116,7 @@ OBJECTIVES: list[Any] = [
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_a_resumed_run_ends_with_the_same_bits(
-    objective: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(objective: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = fit(
         objective,
         save_every=2,
@@ -255,9 +259,7 @@ def test_held_out_records_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_best_held_out_weights_are_kept(tmp_path: Path) -> None:
-    stage = fit(
-        {"name": "pgd_at", "steps": 2}, epochs=6, holdout=16, keep="best", optimizer={"name": "sgd", "lr": 3.0}
-    )
+    stage = fit({"name": "pgd_at", "steps": 2}, epochs=6, holdout=16, keep="best", optimizer={"name": "sgd", "lr": 3.0})
     done = trained(stage, tmp_path / "run")
     log = RunFolder.open(tmp_path / "run").read_log()
     scores = [line["held_pgd"] for line in log if "held_pgd" in line]

@@ -37,21 +37,19 @@ class Surrogate(nn.Module):
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.precision = precision
-        self.net: nn.Module = _baked(model).eval().requires_grad_(False)
         self._folded: dict[str, str] = {}  # convolution -> the BatchNorm it has absorbed
-        try:
-            self.net = self._fold(fx.symbolic_trace(self.net))
-        except Exception:
-            self._folded = {}
-        if precision == "bf16":
-            for module in self.net.modules():
+        traced = _traced(model)
+        self.net: nn.Module = self._prepared(_frozen(model) if traced is None else self._fold(traced))
+        self._kept = traced is not None
+
+    def _prepared(self, net: nn.Module) -> nn.Module:
+        if self.precision == "bf16":
+            for module in net.modules():
                 if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
                     module.to(torch.bfloat16)
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _fold(self, graph: fx.GraphModule) -> fx.GraphModule:
-        if any(name.startswith("_tensor_constant") for name, _ in graph.named_buffers()):
-            raise TypeError("a tensor made in forward would be frozen at its value of now")
         modules = dict(graph.named_modules())
         for node in list(graph.graph.nodes):
             if node.op != "call_module" or not isinstance(modules[node.target], _NORMS):
@@ -77,6 +75,9 @@ class Surrogate(nn.Module):
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> Surrogate:
         """Take over the weights and buffers that `model` has now."""
+        if not self._kept:  # an untraced forward may read anything of its module: copy all of it
+            self.net = self._prepared(_frozen(model))
+            return self
         live = dict(model.named_modules(remove_duplicate=False))
         for name, module in self.net.named_modules():
             source = live.get(name)
@@ -101,6 +102,25 @@ class Surrogate(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits: Tensor = self.net(x)
         return logits.float()
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return _baked(model).eval().requires_grad_(False)
+
+
+def _traced(model: nn.Module) -> fx.GraphModule | None:
+    """The graph of `model` in eval mode, or None where a graph would not do what the model does.
+
+    That is: where tracing fails, where a tensor made in forward would be frozen at its value of now, and where two
+    traces differ, because something random was drawn by Python.
+    """
+    net = _frozen(model)
+    try:
+        graph, again = fx.symbolic_trace(net), fx.symbolic_trace(net)
+    except Exception:  # tracing runs the user's forward on proxies: anything may be raised, and is no fault
+        return None
+    constant = any(name.startswith("_tensor_constant") for name, _ in graph.named_buffers())
+    return None if constant or graph.code != again.code else graph
 
 
 def _baked(model: nn.Module) -> nn.Module:
