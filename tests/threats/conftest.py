@@ -1,25 +1,20 @@
-"""Digits, a plain and a PGD-trained network on them, and linear models whose worst case is known in closed form."""
+"""Digits, a plain and a PGD-trained network on them, and the authors' AutoAttack where it is at hand."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from closed_forms import Points
+from torch import nn
 
 from trivet.data.digits import digits as load_digits
 from trivet.threats.linf import Linf
 from trivet.threats.losses import cross_entropy
 from trivet.threats.pgd import ascend
-
-
-class Points(NamedTuple):
-    x: Tensor
-    y: Tensor
 
 
 @pytest.fixture(scope="session")
@@ -77,33 +72,6 @@ def robust_net(train_points: Points) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10))
     return _trained(net, train_points, eps=0.1, epochs=10)
-
-
-class Linear(nn.Module):
-    """z = W x + b on images [B, 1, h, w], with the distances to its decision boundaries in closed form."""
-
-    def __init__(self, classes: int, side: int = 4, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(classes, side * side, generator=generator) / side)
-        self.bias = nn.Parameter(torch.zeros(classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
-
-    def distances(self, x: Tensor, y: Tensor, norm: str) -> Tensor:
-        """[B, K] distance of each point to the boundary with each class, without regard to the box; inf for y."""
-        with torch.no_grad():
-            logits = self(x)
-            gaps = logits.gather(1, y[:, None]) - logits
-            dual = {"Linf": 1.0, "L2": 2.0, "L1": torch.inf}[norm]
-            lengths = torch.linalg.vector_norm(self.weight[y].unsqueeze(1) - self.weight, ord=dual, dim=2)
-            return (gaps / lengths.clamp(min=1e-12)).scatter(1, y[:, None], torch.inf)
-
-
-@pytest.fixture(scope="session")
-def linear() -> type[Linear]:
-    return Linear
 
 
 @pytest.fixture(scope="session")

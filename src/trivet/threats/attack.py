@@ -158,5 +158,5 @@ def _one_gradient(model: Logits, x: Tensor, loss: Callable[[Tensor], Tensor]) ->
     with torch.enable_grad():
         logits = model(point)
         losses = loss(logits)
-    (gradient,) = torch.autograd.grad(losses.sum(), point)
+        (gradient,) = torch.autograd.grad(losses.sum(), point)
     return gradient, losses.detach(), logits.detach()
