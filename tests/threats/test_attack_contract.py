@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from closed_forms import Linear, Points
+from quick import QuickAutoAttack
 from torch import Tensor, nn
 
 from trivet.errors import BadValue
@@ -21,19 +22,6 @@ from trivet.threats.linf import Linf
 from trivet.threats.pgd import PGD, fgsm, random_fgsm
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
-
-
-@dataclass(frozen=True)
-class QuickAutoAttack(AutoAttack):
-    """AutoAttack with few steps, so that its contract can be tried often."""
-
-    def components(self) -> dict[str, Attack]:
-        short = {"steps": 6, "queries": 30, "restarts": 2}
-        return {
-            name: replace(attack, **{key: value for key, value in short.items() if hasattr(attack, key)})
-            for name, attack in super().components().items()
-        }
-
 
 ATTACKS: dict[str, Callable[[ThreatModel], Attack]] = {
     "fgsm": fgsm,

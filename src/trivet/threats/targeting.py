@@ -49,7 +49,7 @@ def ranked_classes(model: Target, x: Tensor, y: Tensor, count: int) -> Tensor:
 def try_classes(model: Target, x: Tensor, y: Tensor, count: int, climb: Climb) -> Tensor:
     """The best point [B, ...] that `climb` finds for each input among the `count` most likely wrong classes."""
     aims = ranked_classes(model, x, y, count)
-    best, score = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+    best, score = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
     queue = torch.arange(aims.numel(), device=x.device)  # rank by rank, each rank a pass over all points
     while len(queue):
         owner = queue[: model.batch_size] % len(x)
@@ -65,7 +65,7 @@ def try_classes(model: Target, x: Tensor, y: Tensor, count: int, climb: Climb) -
 
 def try_again(x: Tensor, y: Tensor, climbs: Sequence[Climb]) -> Tensor:
     """The best point [B, ...] of untargeted restarts `climbs`, each attacking only what still stands."""
-    best, score = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+    best, score = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
     for climb in climbs:
         open_ = (score < torch.inf).nonzero().squeeze(1)
         if not len(open_):
