@@ -77,7 +77,9 @@ def recipes(as_json: Json = False) -> None:
             "recipe": name,
             "about": (recipe := load(name).recipe).about,
             "data": (recipe.data or {}).get("name", "--data"),
-            "threat": " ".join(str(value) for value in recipe.threat.values()),
+            "threat": " ".join(
+                f"{value:.4g}" if isinstance(value, float) else str(value) for value in recipe.threat.values()
+            ),
             "paper": recipe.paper,
         }
         for name in shipped()
@@ -154,8 +156,10 @@ def audit(
     if as_json:
         _print_json(subject.findings.model_dump(mode="json"))
     else:
-        _show(comparison([subject]), False)
-        _show_checks(subject)
+        _show_models(comparison([subject]))
+        for check in subject.findings.flags:
+            print(f"{check.severity}: {check.title}: {check.meaning}")
+        print(f"report: {Path(out or _default_folder(target)) / 'report.html'}")
 
 
 @app.command()
@@ -229,7 +233,8 @@ def compare(runs: RunsArgument, trust_code: Trust = False, as_json: Json = False
     from trivet import api
     from trivet.audit.report import comparison
 
-    _show(comparison(api.compare_runs(runs, trust_code=trust_code)), as_json)
+    rows = comparison(api.compare_runs(runs, trust_code=trust_code))
+    _show(rows, True) if as_json else _show_models(rows)
 
 
 @app.command()
@@ -249,14 +254,16 @@ def demo(
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the runs and the report go.")] = "runs/demo",
     as_json: Json = False,
 ) -> None:
-    """Train one small CNN on scikit-learn's digits in three ways, audit all three, and write a report: a few minutes."""
+    """Train one small CNN on scikit-learn's digits in three ways, audit all three, and report: a few minutes."""
     from trivet import api
     from trivet.audit.report import comparison
 
     subjects, page = api.run_demo(out)
-    _show(comparison(subjects), as_json)
-    if not as_json:
-        print(f"\nreport: {page}")
+    if as_json:
+        _print_json(comparison(subjects))
+        return
+    _show_models(comparison(subjects))
+    print(f"report: {page}")
 
 
 def _history(weights: Path) -> Any:
@@ -265,11 +272,18 @@ def _history(weights: Path) -> Any:
     return load_tensors(weights)[1]["history"]
 
 
-def _show_checks(subject: Any) -> None:
-    for check in subject.findings.checks:
-        if check.raised:
-            print(f"{check.severity}: {check.title}: {check.meaning}")
-    print(f"\nreport: {subject.name}")
+def _default_folder(target: str) -> Path:
+    path = Path(target)
+    return path if path.is_dir() else path.with_suffix(".audit")
+
+
+def _show_models(rows: Sequence[dict[str, Any]]) -> None:
+    """Models as columns while they fit beside each other: their names are longer than their numbers."""
+    if len(rows) > 4:
+        _show(rows, False)
+        return
+    measures = [key for key in rows[0] if key != "model"]
+    _show([{"": key, **{str(row["model"]): row[key] for row in rows}} for key in measures], False)
 
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None) -> None:
@@ -281,7 +295,7 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = Non
 
     table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
     for column in rows[0] if rows else ():
-        number = all(isinstance(row[column], (int, float)) for row in rows)
+        number = any(isinstance(row[column], (int, float)) for row in rows)
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))

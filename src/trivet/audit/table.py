@@ -18,7 +18,8 @@ def comparison(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """
     rows = [_row(subject.name, subject.findings) for subject in subjects]
     columns = {column: None for row in rows for column in row}
-    last = [column for column in ("worst case", "certified", "bytes", "ms", "flags") if column in columns]
+    places = ("worst case", "certified", "bytes", "ms", "flags")
+    last = [column for place in places for column in columns if column.startswith(place)]
     order = [column for column in columns if column not in last] + last
     return [{column: row.get(column) for column in order} for row in rows]
 
@@ -28,7 +29,8 @@ def _row(name: str, found: Findings) -> dict[str, Any]:
     row |= {attack.label: _percent(attack.accuracy) for attack in found.attacks}
     row["worst case"] = _percent(found.worst_case)
     if found.certificate is not None:
-        row["certified"] = _percent(found.certificate.at[0].accuracy)
+        headline = found.certificate.at[0]
+        row[f"certified, {found.certificate.norm} {headline.radius:g}"] = _percent(headline.accuracy)
     row["bytes"] = found.cost.file_bytes
     if found.cost.latency:
         row["ms"] = float(f"{1e3 * found.cost.latency[0].median:.3g}")
