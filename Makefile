@@ -34,7 +34,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/demo.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[digits,report]"
+	$(BIN)/python -m pip install --quiet -e ".[digits]"
 	touch $@
 
 .venv/dev.installed: pyproject.toml constraints.txt | .venv/bin/python

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: rivals take turns in one run, medians are compared, and the result says where it ran."""
+"""What the benchmarks share: rivals take turns in one run, medians are compared, the result says where it ran."""
 
 from __future__ import annotations
 
