@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +23,9 @@ import torch
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
-from trivet import machine
+import harness
 from trivet.certify.certifier import ABSTAIN
 from trivet.certify.smoothing import Smoothing
-from trivet.files import write_json
 from trivet.methods import build
 from trivet.randomness import derive_seed, generator
 
@@ -146,68 +143,44 @@ def deviation(outcome: Outcome, reference: Outcome, n: int) -> float:
     return worst
 
 
-def measure(model: nn.Module, x: Tensor, n: int, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """One row for each variant: seconds per image, ratio to the first variant, and how the results compare."""
-    candidates = variants(n)
-    first: dict[str, float] = {}
-    for name, certify in candidates.items():  # warm-up, and compilation
-        start = time.perf_counter()
-        certify(model, x[:1], seed)
-        first[name] = time.perf_counter() - start
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    outcomes: dict[str, Outcome] = {}
-    for turn in range(rounds):
-        names = list(candidates)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            outcome = candidates[name](model, x, seed + turn)
-            times[name].append((time.perf_counter() - start) / len(x))
-            outcomes.setdefault(name, outcome)
+def measure(model: nn.Module, x: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each variant: seconds for all of `x`, how much faster than the first, and how the results compare."""
+    candidates = variants(options.n)
+    seconds, outcomes = harness.interleaved(
+        {name: partial(_turn, certify, model, x, options.seed) for name, certify in candidates.items()}, options.rounds
+    )
     reference = next(iter(candidates))
-    return [
-        {
-            "variant": name,
-            "seconds_per_image": statistics.median(times[name]),
-            "all_seconds_per_image": times[name],
-            "first_call_seconds": first[name],
-            "times_faster": statistics.median(times[reference]) / statistics.median(times[name]),
-            "certified": sum(label != ABSTAIN for label in outcomes[name].labels) / len(x),
-            "mean_radius": statistics.fmean(outcomes[name].radii),
-            "largest_deviation": deviation(outcomes[name], outcomes[reference], n),
-        }
-        for name in candidates
-    ]
+    return harness.rows(
+        seconds,
+        reference,
+        seconds_per_image={name: statistics.median(times) / len(x) for name, times in seconds.items()},
+        certified={name: sum(label != ABSTAIN for label in out.labels) / len(x) for name, out in outcomes.items()},
+        mean_radius={name: statistics.fmean(out.radii) for name, out in outcomes.items()},
+        largest_deviation={
+            name: deviation(out, outcomes[reference], options.n) for name, out in outcomes.items() if name != reference
+        },
+    )
+
+
+def _turn(certify: Variant, model: nn.Module, x: Tensor, seed: int, turn: int) -> Outcome:
+    return certify(model, x, seed + turn)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__, rounds=5)
     parser.add_argument("--n", type=int, default=10_000, help="estimation samples per image")
     parser.add_argument("--points", type=int, default=4, help="images certified in each round")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--training-steps", type=int, default=100)
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the measurement here as JSON")
     options = parser.parse_args()
-    machine.keep_memory()
-    torch.set_num_threads(options.threads)
+    harness.prepare(options)
     results: dict[str, Any] = {}
     for network in options.networks:
         spec, shape = NETWORKS[network]
         model = trained(spec, shape, options.seed, options.training_steps)
-        x = points(shape, options.points, options.seed)
-        rows = results[network] = measure(model, x, options.n, options.rounds, options.seed)
-        print(f"\n{network}: sigma {SIGMA}, n0 {N0}, n {options.n}, {options.points} points, {options.rounds} rounds")
-        print(f"{'variant':28}{'s/image':>9}{'faster':>8}{'certified':>11}{'mean radius':>13}{'deviation':>11}")
-        for row in rows:
-            print(
-                f"{row['variant']:28}{row['seconds_per_image']:9.3f}{row['times_faster']:7.2f}x"
-                f"{100 * row['certified']:10.0f}%{row['mean_radius']:13.4f}{row['largest_deviation']:11.2f}"
-            )
-    if options.out:
-        settings = {"sigma": SIGMA, "n0": N0, "alpha": ALPHA, **{k: v for k, v in vars(options).items() if k != "out"}}
-        write_json(options.out, {**machine.describe(), "settings": settings, "results": results})
+        rows = results[network] = measure(model, points(shape, options.points, options.seed), options)
+        harness.show(f"{network}: sigma {SIGMA}, n0 {N0}, n {options.n}, {options.points} points", rows)
+    harness.save(options, results)
 
 
 if __name__ == "__main__":
