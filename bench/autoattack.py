@@ -2,9 +2,9 @@
 
     python bench/autoattack.py --reference PATH_OF_AUTO_ATTACK --out results/autoattack.json
 
-The network is trained here, quickly, by FGSM with a random start at half the radius, on MNIST (in TRIVET_DATA) or on the
-digits of scikit-learn. All sides attack the same points with the allocator set alike, in turns, round after round; rows
-are medians over the rounds. "fp32" asks for gradients in the model's own precision, "bf16" in bfloat16; success is
+The network is trained here, quickly, by FGSM with a random start at half the radius, on MNIST (in TRIVET_DATA) or on
+the digits of scikit-learn. All sides attack the same points with the allocator set alike, in turns, round after round;
+rows are medians over the rounds. "fp32" asks for gradients in the model's own precision, "bf16" in bfloat16; success is
 judged on the model itself either way. The points left standing are compared with the reference's one by one: attacks
 are random, so single points may differ, but accuracies that differ by more than 0.5 points are reported as UNEQUAL and
 make the exit status 1.
