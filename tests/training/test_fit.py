@@ -17,7 +17,7 @@ from torch import nn
 
 from trivet.data.dataset import Dataset, Splits
 from trivet.errors import BadValue, TrivetError
-from trivet.files import load_tensors
+from trivet.files import load_tensors, sole_writer
 from trivet.methods import build
 from trivet.training.fit import Fit
 from trivet.training.folder import RunFolder
@@ -131,6 +131,39 @@ def test_a_resumed_run_ends_with_the_same_bits(objective: Any, tmp_path: Path, m
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     logs = [(tmp_path / each / "log.jsonl").read_text() for each in ("whole", "resumed")]
     assert logs[0] == logs[1]
+
+
+def test_a_kill_between_an_epoch_and_its_judgement_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trivet.training import fit as module
+
+    stage = fit(save_every=1, holdout=16, keep="best", optimizer={"name": "sgd", "lr": 2.0})
+    whole = trained(stage, tmp_path / "whole")
+    run = RunFolder.create(tmp_path / "resumed", "recipe")
+    judged: list[int] = []
+
+    def dies_at_second(*arguments: Any) -> dict[str, float]:
+        judged.append(1)
+        if len(judged) == 2:
+            raise Interrupted
+        return honest(*arguments)
+
+    honest = module.held_out
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "held_out", dies_at_second)
+        with pytest.raises(Interrupted):
+            run_stages([("fit", stage)], net(), SPLITS, run, seed=5, device=torch.device("cpu"))
+    resumed = run_stages([("fit", stage)], net(1), SPLITS, run, seed=5, device=torch.device("cpu"))
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == run.log.read_text()
+
+
+def test_a_run_that_somebody_else_is_writing_is_refused(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "recipe")
+    with sole_writer(run.path), pytest.raises(TrivetError, match="another process"):
+        run_stages([("fit", fit())], net(), SPLITS, run, seed=1, device=torch.device("cpu"))
+    assert not run.log.exists()
 
 
 def test_an_objective_with_state_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,21 +134,18 @@ class _Loop:
         if self.fit.compile:
             self.model.compile()
         title = f"{self.context.files.name} {type(self.fit.objective).__name__}"
-        saved = time.monotonic()
+        self.saved = time.monotonic()
         with display.progress(title, self.steps) as advance:
             advance(step)
             while step < self.steps:
                 for batch in self._epoch(step):
                     step = self._batch(batch, step, advance)
-                    due = (
-                        time.monotonic() - saved > _SAVE_EVERY
-                        if self.fit.save_every is None
-                        else step % self.fit.save_every < self.replays
-                    )
-                    if due and step < self.steps:
+                    # Not at the end of an epoch: that is judged first, or a resumed run would leave it unjudged.
+                    if step % (self.per_epoch * self.replays) and self._save_is_due(step):
                         self._save(step)
-                        saved = time.monotonic()
-                self._end_of_epoch(step)
+                self._judge(step)
+                if self.held is not None or (step < self.steps and self._save_is_due(step)):
+                    self._save(step)
         if self.fit.compile:
             self.model._compiled_call_impl = None
         self._finish()
@@ -221,8 +218,8 @@ class _Loop:
         )
         return f"loss {numbers['loss']:.3f}"
 
-    def _end_of_epoch(self, step: int) -> None:
-        """Judge on the held-out records, if there are any, and remember the best weights if asked."""
+    def _judge(self, step: int) -> None:
+        """Measure the epoch's end on the held-out records, if there are any, and remember the best weights if asked."""
         if self.held is None:
             return
         epoch = step // (self.per_epoch * self.replays)
@@ -234,8 +231,6 @@ class _Loop:
                 self.best = score, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         if found.get("held_fgsm", 0.0) - found.get("held_pgd", 0.0) > 0.2:
             self.result["catastrophic_overfitting"] = f"epoch {epoch}: robust to FGSM, not to PGD"
-        # Saved here, so that a resumed run never judges an epoch twice.
-        self._save(step)
 
     def _result_weights(self) -> AbstractContextManager[Any]:
         """The averaged weights in place of the live ones, inside."""
@@ -250,7 +245,13 @@ class _Loop:
         self.model.eval()
         self.model.zero_grad(set_to_none=True)
 
+    def _save_is_due(self, step: int) -> bool:
+        if self.fit.save_every is None:
+            return time.monotonic() - self.saved > _SAVE_EVERY
+        return step % self.fit.save_every < self.replays
+
     def _save(self, step: int) -> None:
+        self.saved = time.monotonic()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state = self.optimizer.state_dict()["state"]
         tensors |= {
