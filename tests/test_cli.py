@@ -158,6 +158,32 @@ def test_a_run_is_trained_once_and_only_resumed_when_asked(sh: Shell, tmp_path: 
     assert "other settings" in other.err
 
 
+def test_somebody_elses_run_imports_nothing_when_resumed_or_audited(sh: Shell, tmp_path: Path) -> None:
+    code = "from pathlib import Path\nPath('ran').touch()\nfrom trivet.models.mlp import mlp\n"
+    (tmp_path / "their_net.py").write_text(code)
+    sys.path.insert(0, str(tmp_path))
+    run = tmp_path / "theirs"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(RECIPE.replace("{name: small_cnn}", '{import: "their_net:mlp"}'))
+    try:
+        (run / "run.json").write_text("{}")
+        calls = (
+            ["train", run, "--resume"],
+            ["train", run / "recipe.yaml", "--out", "x"],
+            ["audit", run],
+            ["compare", run],
+        )
+        for arguments in calls:
+            result = sh(*arguments)
+            assert (result.status, "--trust-code" in result.err) == (2, True), arguments
+        assert not Path("ran").exists()
+        trusted = sh("train", run / "recipe.yaml", "--out", "mine", "--set", "fit.epochs=1", "--trust-code")
+        assert trusted.status == 0
+        assert Path("ran").exists(), "the test could not have failed"
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
 def test_a_run_of_the_users_own_data(sh: Shell, tmp_path: Path) -> None:
     import numpy as np
 

@@ -6,7 +6,7 @@ Verbs take and return run folders; auditing and certifying take other people's m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -189,36 +189,35 @@ def train_model(
     Raises:
         TrivetError: anything the user can mend, before the first step where possible.
     """
-    interrupted = Path(recipe).is_dir()
-    source = load(recipe, overrides, data=data, trust=trust_code or not interrupted)
-    path = Path(recipe) if interrupted and out is None else Path(out or Path("runs") / source.recipe.name)
-    if resume and (path / "recipe.yaml").exists():
-        source = _resumed(path, source, interrupted or not (overrides or data), trust_code)
+    from_folder = Path(recipe).is_dir()
+    source = load(recipe, overrides, data=data, trust=trust_code)
+    path = Path(recipe) if from_folder and out is None else Path(out or Path("runs") / source.recipe.name)
+    started = resume and (path / "recipe.yaml").exists()
+    if started:
+        source = _resumed(path, source, changed=bool(overrides or data))
     settings = plan(source)
     if not settings.stages:
         raise TrivetError(f"{source.where} has no stages to train; it is for `trivet audit --recipe`.")
     splits = settings.splits()
     model = settings.model(splits.train)
     torch_device = _device(device)
-    folder = (
-        RunFolder.open(path) if resume and (path / "recipe.yaml").exists() else RunFolder.create(path, source.dump())
-    )
+    folder = RunFolder.open(path) if started else RunFolder.create(path, source.dump())
     run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=torch_device)
     return Run(folder, settings)
 
 
-def _resumed(path: Path, asked: Source, same: bool, trust_code: bool) -> Source:
-    """The recipe an interrupted run was started with; another one asked for now is refused."""
-    started = load(path, trust=True)
-    if asked.recipe.name != started.recipe.name or (not same and asked.recipe != started.recipe):
+def _resumed(path: Path, asked: Source, *, changed: bool) -> Source:
+    """The recipe an interrupted run was started with; another one asked for now is refused.
+
+    Its code may run if the recipe asked for may run the same code: who names it in his own file has read it.
+    """
+    started = load(path)
+    if asked.recipe.name != started.recipe.name or (changed and asked.recipe != started.recipe):
         raise TrivetError(
             f"{path} was started with other settings than asked for now; resume it without --set and --data, "
             "or choose another --out."
         )
-    code = started.imports()
-    if code and asked.imports() != code and not trust_code:
-        raise TrivetError(f"{path} names code to import ({', '.join(code)}); read it, then add --trust-code.")
-    return started
+    return replace(started, trusted=asked.trusted and asked.imports() == started.imports())
 
 
 def _device(name: str) -> torch.device:

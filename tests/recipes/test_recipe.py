@@ -66,7 +66,7 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("lr: 5e-2", "lr: -1", ["line 9", "stages[0].fit.optimizer", "lr=-1"]),
         ("eps: 8/255", "eps: 3", ["line 4", "threat", "eps=3"]),
         ("eps: 8/255", "eps: 8/0", ["divides by zero"]),
-        ("eps: 8/255", 'eps: "__import__(\'os\').getpid()"', ["line 4", "threat.eps", "valid number"]),
+        ("eps: 8/255", "eps: \"__import__('os').getpid()\"", ["line 4", "threat.eps", "valid number"]),
         ("name: linf", "name: pgd", ["threat"]),
         ("name: tiny", "name: ../../etc", ["line 1", "name"]),
         ("name: tiny", "name: tiny\nspeed: 11", ["line 2", "speed", "there is no such field", "stages"]),
@@ -168,7 +168,7 @@ def test_the_users_model_is_imported_by_name_and_said_aloud(
 
 def test_a_recipe_in_a_run_folder_imports_nothing_unless_trusted(with_code: Path) -> None:
     with pytest.raises(TrivetError, match="--trust-code"):
-        plan(load(with_code.parent, trust=False))
+        plan(load(with_code.parent))
     assert not Path("ran").exists()
 
 

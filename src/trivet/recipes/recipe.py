@@ -78,7 +78,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None = None, trust: bool = True) -> Source:
+def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None = None, trust: bool = False) -> Source:
     """Read a recipe: the name of a shipped one, a YAML file, or a run folder's.
 
     Args:
@@ -86,13 +86,14 @@ def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None 
         overrides: `key=value` strings; keys are paths such as `threat.eps`, `stages[0].fit.epochs`, or
             `fit.epochs` for every stage of that name; values are YAML.
         data: replaces the recipe's data, as `data_spec` reads it.
-        trust: whether code named by import path may run. A recipe inside a run folder is somebody else's until
-            said otherwise.
+        trust: whether a recipe inside a run folder, which may be somebody else's, may run code that it names by
+            import path. A recipe elsewhere is the user's own.
 
     Raises:
         TrivetError: with file, line and field.
     """
     path = shipped().get(str(recipe), Path(recipe))
+    inside_run = path.is_dir() or (path.name == "recipe.yaml" and (path.parent / "run.json").exists())
     if path.is_dir():
         path = path / "recipe.yaml"
     if not path.is_file():
@@ -114,7 +115,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None 
         content["data"] = data_spec(data)
     where = str(path)
     try:
-        return Source(Recipe.model_validate(content), where, lines, trust)
+        return Source(Recipe.model_validate(content), where, lines, trust or not inside_run)
     except ValidationError as error:
         first = error.errors()[0]
         text = first["msg"].removeprefix("Value error, ").rstrip(".")
