@@ -68,9 +68,7 @@ def method(
     def register(made: Made) -> Made:
         room = made.__module__.split(".")[1]
         key = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made.__name__).lower()
-        if isinstance(made, type):
-            # Read by pydantic when a recipe is validated: unknown fields are errors, protocols are checked by type.
-            made.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
+        _make_strict(made)
         other = _METHODS.get((room, key))
         if other is not None and other.make.__module__ != made.__module__:
             raise BadValue(f"{made.__module__} and {other.make.__module__} both register {key!r} in {room}.")
@@ -78,6 +76,12 @@ def method(
         return made
 
     return register
+
+
+def _make_strict(made: Callable[..., Any]) -> None:
+    """Tell pydantic how to read a recipe for a dataclass: unknown fields are errors, protocols are checked by type."""
+    if isinstance(made, type):
+        made.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
 
 
 @cache
@@ -152,6 +156,8 @@ def _imported(room: str, settings: dict[str, Any]) -> Method:
         raise FieldError(
             ("import",), f"cannot import {path!r} ({error}); write it as package.module:attribute."
         ) from None
+    if isinstance(make, type) and dataclasses.is_dataclass(make):
+        _make_strict(make)
     return Method(str(path), room, str(path), "", None, (), "the user's own", make)
 
 
@@ -173,11 +179,9 @@ def _built_field(path: Path, room: str, spec: Mapping[str, Any] | str, context: 
 def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError, validate_call
 
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     try:
         if dataclasses.is_dataclass(found.make):
-            own = hasattr(found.make, "__pydantic_config__")
-            return TypeAdapter(found.make, config=None if own else config).validate_python(dict(settings))
+            return TypeAdapter(found.make).validate_python(dict(settings))
         if isinstance(found.make, type):  # a user's plain class: it checks its own arguments
             return found.make(**settings)
         return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(found.make)(**settings)
