@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from trivet.models.grey_convolution import GreyConvolution
+
 Precision = Literal["fp32", "bf16"]
 Logits = Callable[[Tensor], Tensor]
 
@@ -47,7 +49,10 @@ class Surrogate(nn.Module):
             for module in net.modules():
                 if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
                     module.to(torch.bfloat16)
-        return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in net.modules():
+            GreyConvolution.adopt(module)
+        return net
 
     def _fold(self, graph: fx.GraphModule) -> fx.GraphModule:
         modules = dict(graph.named_modules())
