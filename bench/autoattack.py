@@ -13,20 +13,18 @@ make the exit status 1.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trivet import machine
+import harness
 from trivet.data.dataset import Splits
-from trivet.files import write_json
 from trivet.methods import build
 from trivet.models.surrogate import Precision
 from trivet.randomness import derive_seed, generator
@@ -90,55 +88,45 @@ def authors(folder: Path, model: nn.Module, x: Tensor, y: Tensor, threat: Threat
     return stands
 
 
-def measure(sides: dict[str, Side], rounds: int, seed: int) -> list[dict[str, Any]]:
-    """One row for each side; the first is what the others are compared with."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def measure(sides: dict[str, Side], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each side; the reference is what the others are compared with."""
     standing: dict[str, list[Tensor]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            standing[name].append(sides[name](seed + turn))
-            times[name].append(time.perf_counter() - start)
-            print(f"  round {turn + 1}, {name}: {times[name][-1]:.1f} s", flush=True)
-    first = names[0]
-    rows = []
-    for name in names:
-        accuracy = [float(each.float().mean()) for each in standing[name]]
-        gaps = [a - float(b.float().mean()) for a, b in zip(accuracy, standing[first], strict=True)]
-        differ = [int((a != b).sum()) for a, b in zip(standing[name], standing[first], strict=True)]
-        rows.append(
-            {
-                "side": name,
-                "seconds": statistics.median(times[name]),
-                "all_seconds": times[name],
-                "times_faster": statistics.median(times[first]) / statistics.median(times[name]),
-                "robust_accuracy": accuracy,
-                "largest_gap": max(gaps, key=abs),
-                "points_that_differ": differ,
-                "equal": all(abs(gap) <= TOLERANCE + 1e-9 for gap in gaps),
-            }
-        )
-    return rows
+
+    def turn(name: str, number: int) -> None:
+        standing[name].append(sides[name](options.seed + number))
+
+    seconds, _ = harness.interleaved({name: partial(turn, name) for name in sides}, options.rounds)
+    accuracy = {name: [float(each.float().mean()) for each in found] for name, found in standing.items()}
+    gap = {
+        name: max((a - b for a, b in zip(found, accuracy["reference"], strict=True)), key=abs)
+        for name, found in accuracy.items()
+    }
+    differ = {
+        name: [int((a != b).sum()) for a, b in zip(found, standing["reference"], strict=True)]
+        for name, found in standing.items()
+    }
+    return harness.rows(
+        seconds,
+        "reference",
+        accuracy_left={name: statistics.median(found) for name, found in accuracy.items()},
+        largest_gap=gap,
+        points_that_differ=differ,
+        equal={name: abs(value) <= TOLERANCE + 1e-9 for name, value in gap.items()},
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__, rounds=3)
     parser.add_argument("--reference", type=Path, required=True, help="a checkout of fra31/auto-attack")
     parser.add_argument("--data", choices=("mnist", "digits"), default="mnist")
     parser.add_argument("--model", default="small_cnn", help="a network by its registered name")
     parser.add_argument("--threat", choices=("linf", "l2", "l1"), default="linf")
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--points", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--training-steps", type=int, default=300)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the measurement here as JSON")
     options = parser.parse_args()
-    machine.keep_memory()
-    torch.set_num_threads(options.threads)
+    harness.prepare(options)
     splits: Splits = build("data", options.data)
     threat: ThreatModel = build("threats", {"name": options.threat, "eps": options.eps})
     model: nn.Module = build(
@@ -157,21 +145,11 @@ def main() -> int:
         "trivet fp32": ours(model, x, y, threat, "fp32", options.batch_size),
         "trivet bf16": ours(model, x, y, threat, "bf16", options.batch_size),
     }
-    print(f"{options.data}, {options.model}, {threat}, {options.points} points, clean accuracy {100 * clean:.1f} %")
-    rows = measure(sides, options.rounds, options.seed)
-    print(f"\n{'side':14}{'seconds':>9}{'faster':>8}{'robust':>9}{'gap':>8}  points that differ")
-    for row in rows:
-        robust = statistics.median(row["robust_accuracy"])
-        verdict = "" if row["equal"] else "  UNEQUAL"
-        print(
-            f"{row['side']:14}{row['seconds']:9.2f}{row['times_faster']:7.2f}x{100 * robust:8.1f}%"
-            f"{100 * row['largest_gap']:+7.1f}  {row['points_that_differ']}{verdict}"
-        )
-    if options.out:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
-        settings.pop("reference")  # a path says nothing about what lies there
-        content = {**machine.describe(), "settings": settings, "clean_accuracy": clean, "results": rows}
-        write_json(options.out, content)
+    rows = measure(sides, options)
+    title = f"{options.data}, {options.model}, {threat}, {options.points} points, clean accuracy {100 * clean:.1f} %"
+    harness.show(title, rows)
+    options.reference = "fra31/auto-attack"  # a path says nothing about what lies there
+    harness.save(options, {"clean_accuracy": clean, "sides": rows})
     return 0 if all(row["equal"] for row in rows) else 1
 
 
