@@ -274,6 +274,14 @@ def test_a_model_file_is_audited_like_the_run_it_came_from(kind: str, sh: Shell,
     assert (tmp_path / "model.audit" / "report.html").exists()
 
 
+def test_a_pickle_is_refused_with_the_way_out(sh: Shell, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "model.pt")
+    result = sh("audit", "model.pt", "--data", "digits")
+    assert result.status == 2
+    assert "may hold a pickle" in result.err
+    assert not (tmp_path / "model.audit").exists()
+
+
 def test_a_module_in_memory_is_audited(sh: Shell, trained: Path, tmp_path: Path) -> None:
     run = trivet.Run.open(trained)
     model = run.model(run.plan.splits().test)

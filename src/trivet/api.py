@@ -24,13 +24,11 @@ from trivet.data.dataset import Dataset
 from trivet.errors import BadValue, TrivetError
 from trivet.files import load_tensors, save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
-from trivet.models.load import load_model
+from trivet.models.foreign.load import load_model
 from trivet.recipes.plan import Plan, plan
 from trivet.recipes.recipe import Source, load
 from trivet.training.folder import RunFolder
 from trivet.training.pipeline import load_weights, run_stages
-
-FOREIGN = (".pt2", ".onnx", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,8 @@ class Target:
             test = run.plan.splits().test
             folder = run.folder if out is None else _beside(Path(out), run.plan)
             return cls(run.name, run.model(test), test, run.plan, folder, str(path))
-        if path.suffix not in FOREIGN or not path.is_file():
-            raise TrivetError(f"{path} is neither a run folder nor a model file ({', '.join(FOREIGN)}).")
+        if not path.is_file():
+            raise TrivetError(f"{path} is neither a run folder nor a model file (.pt2, .onnx or .safetensors).")
         if path.suffix == ".safetensors":
             if recipe is None:
                 raise TrivetError(f"{path} holds weights only; name the recipe of its model with --recipe.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivet.errors import TrivetError
-from trivet.models.load import load_model, num_classes_of
+from trivet.models.foreign.load import load_model, num_classes_of
 from trivet.models.resnet import resnet
 from trivet.models.small_cnn import small_cnn
 

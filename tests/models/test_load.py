@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trivet.errors import TrivetError
-from trivet.models.load import load_model, num_classes_of
+from trivet.models.foreign.load import load_model, num_classes_of
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.pkl", "m.bin", "m.ckpt"])

@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from trivet.errors import TrivetError
-from trivet.models.load import load_model, num_classes_of
-from trivet.models.onnx_runtime import OnnxRuntimeModel
+from trivet.models.foreign.load import load_model, num_classes_of
+from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
 from trivet.models.resnet import resnet
 from trivet.models.surrogate import surrogate
 from trivet.models.trades_cnn import trades_cnn
@@ -210,7 +210,7 @@ def test_each_operator_computes_what_onnx_runtime_computes(name: str, tmp_path: 
 
 
 def test_every_supported_operator_is_among_the_cases() -> None:
-    from trivet.models.onnx_file import OPERATORS
+    from trivet.models.foreign.onnx_file import OPERATORS
 
     assert {kind for nodes, _, _ in CASES.values() for kind, _, _ in nodes} == set(OPERATORS)
 

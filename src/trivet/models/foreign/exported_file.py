@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from trivet.errors import TrivetError
-from trivet.models.assembly import Assembly, Unsupported, Value, refuse_unless
-from trivet.models.exported_graph import OPERATORS, VIEWS, Call
+from trivet.models.foreign.assembly import Assembly, Unsupported, Value, refuse_unless
+from trivet.models.foreign.exported_graph import OPERATORS, VIEWS, Call
 
 DTYPES = {4: torch.int32, 5: torch.int64, 7: torch.float32, 8: torch.float64, 12: torch.bool}
 MAX_JSON = 256 << 20

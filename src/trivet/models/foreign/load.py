@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from trivet.errors import TrivetError
-from trivet.models.exported_file import import_exported
+from trivet.models.foreign.exported_file import import_exported
+from trivet.models.foreign.onnx_file import import_onnx
 from trivet.models.modes import evaluating
-from trivet.models.onnx_file import import_onnx
 
 MAX_BYTES = 2 << 30
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivet.models.assembly import (
+from trivet.models.foreign.assembly import (
     Assembly,
     Flow,
     Sizes,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trivet.models.assembly import Flow, Sizes, Unsupported, Value, record_shape, refuse_unless, without_batch
-from trivet.models.onnx_graph import Operator, Step
+from trivet.models.foreign.assembly import Flow, Sizes, Unsupported, Value, record_shape, refuse_unless, without_batch
+from trivet.models.foreign.onnx_graph import Operator, Step
 
 
 def _identity(step: Step) -> Value:

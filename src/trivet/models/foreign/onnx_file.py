@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from trivet.errors import TrivetError
-from trivet.models.assembly import Assembly, Unsupported, Value, refuse_unless
-from trivet.models.onnx_graph import ARITHMETIC, Step
-from trivet.models.onnx_shapes import MOVES
+from trivet.models.foreign.assembly import Assembly, Unsupported, Value, refuse_unless
+from trivet.models.foreign.onnx_graph import ARITHMETIC, Step
+from trivet.models.foreign.onnx_shapes import MOVES
 
 OPERATORS = {**ARITHMETIC, **MOVES}
 OPSETS = range(7, 25)
