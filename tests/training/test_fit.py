@@ -159,6 +159,26 @@ def test_a_kill_between_an_epoch_and_its_judgement_loses_nothing(
     assert (tmp_path / "whole" / "log.jsonl").read_text() == run.log.read_text()
 
 
+def test_a_run_is_not_resumed_on_other_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trivet.training import fit as module
+
+    stage, device = fit(save_every=1), torch.device("cpu")
+    run = RunFolder.create(tmp_path / "run", "recipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Loop, "_judge", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            run_stages([("fit", stage)], net(), SPLITS, run, seed=5, device=device)
+    other = Splits(blobs(seed=3), SPLITS.test)
+    with pytest.raises(TrivetError, match="other records"):
+        run_stages([("fit", stage)], net(), other, run, seed=5, device=device)
+
+
+def test_one_stage_object_used_for_two_runs_starts_each_afresh(tmp_path: Path) -> None:
+    stage = fit({"name": "free_at", "replays": 2})
+    first, second = (weights(trained(stage, tmp_path / name)) for name in ("1", "2"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_run_that_somebody_else_is_writing_is_refused(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", "recipe")
     with sole_writer(run.path), pytest.raises(TrivetError, match="another process"):

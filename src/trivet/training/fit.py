@@ -97,7 +97,14 @@ class Fit(Stage):
         loop = _Loop(self, checkpoint.model.to(context.device), context)
         with torch.random.fork_rng(devices=[]):  # layers draw from the global stream
             loop.run()
-        record = {"stage": "fit", "settings": spec_of(self), "steps": loop.steps, **loop.result}
+        record = {
+            "stage": "fit",
+            "settings": spec_of(self),
+            "steps": loop.steps,
+            "records": len(loop.train),
+            "data": loop.digest,
+            **loop.result,
+        }
         context.files.clear_state()
         return replace(checkpoint, model=loop.model, history=[*checkpoint.history, record])
 
@@ -109,6 +116,7 @@ class _Loop:
         self.fit, self.model, self.context = fit, model, context
         self.seed = derive_seed(context.seed, "fit", context.files.number)
         self.train, self.held = self._split(context.splits.train)
+        self.digest = self.train.digest()
         self.per_epoch = -(-len(self.train) // fit.batch_size)
         self.replays = fit.objective.replays
         self.steps = fit.epochs * self.per_epoch * self.replays
@@ -180,9 +188,8 @@ class _Loop:
         rate = fit.optimizer.lr * fit.schedule(progress.fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(
-            derive_seed(self.seed, "layers", step)
-        )  # dropout and noise layers draw from the global stream
+        # Dropout and noise layers draw from the global stream.
+        torch.manual_seed(derive_seed(self.seed, "layers", step))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -266,15 +273,21 @@ class _Loop:
         if self.best:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best[1].items()}
         best = self.best[0] if self.best else None
-        self.context.files.save_state(tensors, {"step": step, "best": best, "result": self.result})
+        self.context.files.save_state(tensors, {"step": step, "data": self.digest, "best": best, "result": self.result})
 
     def _resume(self) -> int:
         """Take up the saved state, if there is one; the step to go on from."""
         saved = self.context.files.load_state()
         if saved is None:
+            self.fit.objective.load_state({})
             self.context.files.rewind_log(0)
             return 0
         tensors, metadata = saved
+        if metadata["data"] != self.digest:
+            raise TrivetError(
+                f"{self.context.files.run.path} was trained on other records than the data now hold; bring those back, "
+                "or start a new run with another --out."
+            )
         self.model.load_state_dict(_under("model.", tensors))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under("optimizer.", tensors).items():
@@ -308,13 +321,14 @@ def held_out(model: nn.Module, held: Dataset, objective: Objective, seed: int) -
     threat = getattr(objective, "threat", None)
     attacks = {"held_fgsm": fgsm(threat), "held_pgd": PGD(threat, steps=10)} if threat is not None else {}
     right = dict.fromkeys(["held_clean", *attacks], 0)
+    device = next(model.parameters()).device
     with evaluating(model):
-        for number, batch in enumerate(held.batches(500)):
+        for number, batch in enumerate(each.to(device) for each in held.batches(500)):
             with torch.no_grad():
                 right["held_clean"] += int((model(batch.inputs).argmax(1) == batch.labels).sum())
             for name, attack in attacks.items():
-                broken = attack.run(model, batch.inputs, batch.labels, generator=generator(seed, name, number)).broken
-                right[name] += int((~broken).sum())
+                draw = generator(seed, name, number, device=device)
+                right[name] += int((~attack.run(model, batch.inputs, batch.labels, generator=draw).broken).sum())
     return {name: count / len(held) for name, count in right.items()}
 
 
