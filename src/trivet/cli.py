@@ -92,7 +92,7 @@ def methods(
     room: Annotated[str | None, typer.Option(help="Only one room: threats, objectives, certify, …")] = None,
     as_json: Json = False,
 ) -> None:
-    """List every method with its paper, the room it lives in, the legs it serves, and its settings."""
+    """List every method with its paper, the room it lives in and the legs it serves; with --room, its settings."""
     from trivet import methods as register
 
     if room is not None and room not in register.ROOMS:
@@ -104,7 +104,7 @@ def methods(
             "method": each.title + (f" ({each.note})" if each.note else ""),
             "paper": each.paper,
             "legs": " ".join(each.legs),
-            "settings": ", ".join(each.settings),
+            **({"settings": ", ".join(each.settings)} if as_json or room else {}),
         }
         for each in register.methods(room)
     ]
