@@ -26,7 +26,6 @@ def progress(task: str, total: float) -> Iterator[Advance]:
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
@@ -34,16 +33,18 @@ def progress(task: str, total: float) -> Iterator[Advance]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}"),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        handle = bar.add_task(task, total=total, note="")
+        handle = bar.add_task(task, total=total, note="", rate="")
 
         def advance(amount: float = 1, /, note: str = "") -> None:
             bar.advance(handle, amount)
+            speed = bar.tasks[handle].speed
+            bar.update(handle, rate=f"{speed:.3g}/s" if speed else "")
             if note:
                 bar.update(handle, note=note)
 
