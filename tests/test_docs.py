@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+import yaml
 
 import trivet
 from trivet import api, cli
@@ -227,6 +229,31 @@ def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
         if anchor:
             heads = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}, link
+
+
+REFERENCES = [page for page in PAGES if "\n::: " in page.read_text()]
+
+
+@pytest.mark.parametrize("page", REFERENCES, ids=page_id)
+def test_everything_the_reference_asks_for_exists(page: Path) -> None:
+    wanted = re.findall(r"^::: ([\w.]+)$(?:\n    options:\n      members: \[(.*)\])?", page.read_text(), re.MULTILINE)
+    assert wanted
+    for name, members in wanted:
+        module = importlib.import_module(name)
+        for member in members.split(", ") if members else ():
+            assert getattr(module, member).__doc__, f"{name}.{member}"
+
+
+def test_every_page_is_in_the_contents() -> None:
+    def pages(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for each in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages(each)
+
+    listed = set(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent != ROOT}
 
 
 def test_the_picture_of_the_report_is_small() -> None:
