@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -102,15 +103,23 @@ def test_help_lists_every_command(sh: Shell) -> None:
     ("arguments", "words"),
     [
         (["train", "no-such-recipe"], "there is no recipe 'no-such-recipe'"),
-        (["train", "digits-plain", "--set", "fit.epochs=0"], "epochs=0 must be at least 1"),
+        (["train", "digits-plain", "--set", "fit.epochs=0"], "--set fit.epochs=0: stages[0].fit.epochs: epochs=0 must"),
         (["train", "digits-plain", "--set", "nonsense"], "write it as key=value"),
-        (["train", "digits-plain", "--data", "no-such-data"], "there is no 'no-such-data' in data"),
+        (
+            ["train", "digits-plain", "--data", "no-such-data"],
+            "--data no-such-data: data.name: there is no 'no-such-data' in data; choose one of: cifar10,",
+        ),
         (["train", "digits-plain", "--data", "absent.npz"], "absent.npz"),
         (["train", "digits-plain", "--device", "toaster"], "there is no device 'toaster'"),
         (["train", "audit", "--data", "digits"], "no stages"),
-        (["audit", "no-such-run"], "neither a run folder nor a model file"),
+        (["audit", "no-such-run"], "there is no run folder or model file no-such-run"),
+        (["audit", "digits-plain"], "train it first: trivet train digits-plain"),
         (["audit", "."], "is not a run folder"),
-        (["certify", "no-such-run", "--sigma", "0.1"], "neither a run folder nor a model file"),
+        (["certify", "no-such-run", "--sigma", "0.1"], "there is no run folder"),
+        (["train", "digits-plain", "--out", "/proc/nowhere"], "cannot make /proc/nowhere"),
+        (["train", "digits-plain", "--set", "threat=pgd"], "--set threat=pgd: threat.name: pgd is no ThreatModel"),
+        (["train", "digits-plain", "--set", "threat.eps=2"], "--set threat.eps=2: threat.eps: eps=2"),
+        (["train", "digits-plain", "--set", "threat.eps=1/0"], "divides by zero"),
         (["compare", "no-such-run"], "is not a run folder"),
         (["report", "no-such-run"], "is not a run folder"),
         (["methods", "--room", "cellar"], "there is no room 'cellar'"),
@@ -167,12 +176,7 @@ def test_somebody_elses_run_imports_nothing_when_resumed_or_audited(sh: Shell, t
     (run / "recipe.yaml").write_text(RECIPE.replace("{name: small_cnn}", '{import: "their_net:mlp"}'))
     try:
         (run / "run.json").write_text("{}")
-        calls = (
-            ["train", run, "--resume"],
-            ["train", run / "recipe.yaml", "--out", "x"],
-            ["audit", run],
-            ["compare", run],
-        )
+        calls = (["train", run, "--resume"], ["train", run / "recipe.yaml", "--out", "x"], ["audit", run])
         for arguments in calls:
             result = sh(*arguments)
             assert (result.status, "--trust-code" in result.err) == (2, True), arguments
@@ -223,6 +227,36 @@ def test_an_audit_enters_claims_and_a_second_one_supersedes_them(trained: Path, 
     assert len(after.claims) > len(before.claims)
 
 
+def test_resuming_a_finished_run_changes_nothing(trained: Path, sh: Shell) -> None:
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    assert sh("train", trained, "--resume").status == 0
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+
+
+def test_a_claim_names_the_command_that_checks_it(trained: Path, sh: Shell, tmp_path: Path) -> None:
+    model = tmp_path / "weights.safetensors"
+    model.write_bytes((trained / "weights.safetensors").read_bytes())
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    out = tmp_path / "found"
+    arguments = ["audit", model, "--recipe", "tiny.yaml", "--set", "audit.points=20", "--out", out]
+    assert sh(*arguments).status == 0
+    (command,) = {claim.recheck for claim in trivet.Run.open(out).claims.holding}
+    assert shlex.split(command)[1:] == [str(each) for each in arguments]
+    result = sh("audit", model, "--recipe", "tiny.yaml", "--out", trained)
+    assert result.status == 2
+    assert "the folder of a training run" in result.err
+
+
+def test_options_that_would_be_ignored_are_refused(trained: Path, sh: Shell) -> None:
+    for arguments, words in (
+        (["audit", trained, "--recipe", "digits-plain"], "has its own recipe"),
+        (["certify", trained, "--n", "50"], "--n goes with --sigma"),
+        (["certify", trained, "--points", "0"], "points=0 must be at least 1"),
+    ):
+        result = sh(*arguments)
+        assert (result.status, words in result.err) == (2, True), result.err
+
+
 def test_certificates_go_on_where_they_were(trained: Path, sh: Shell) -> None:
     few = sh.json("certify", trained, "--points", "4")
     assert few["points"] == 4  # type: ignore[index]
@@ -230,6 +264,9 @@ def test_certificates_go_on_where_they_were(trained: Path, sh: Shell) -> None:
     more = sh.json("certify", trained, "--points", "8")
     assert more["points"] == 8  # type: ignore[index]
     assert json.loads((trained / "certificates.json").read_text())["points"][:4] == stored
+    fewer = sh.json("certify", trained, "--points", "3")
+    assert fewer["points"] == 3  # type: ignore[index]
+    assert len(json.loads((trained / "certificates.json").read_text())["points"]) == 8
     assert "deploy it by sampling" in sh("certify", trained, "--sigma", "0.2", "--n", "100", "--points", "3").out
 
 
@@ -271,7 +308,7 @@ def test_a_model_file_is_audited_like_the_run_it_came_from(kind: str, sh: Shell,
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     found = sh.json("audit", path, "--recipe", "tiny.yaml")
     assert found["clean"] == json.loads((trained / "audit.json").read_text())["clean"]  # type: ignore[index]
-    assert (tmp_path / "model.audit" / "report.html").exists()
+    assert (tmp_path / f"model{kind}.audit" / "report.html").exists()
 
 
 def test_a_pickle_is_refused_with_the_way_out(sh: Shell, tmp_path: Path) -> None:
@@ -279,7 +316,7 @@ def test_a_pickle_is_refused_with_the_way_out(sh: Shell, tmp_path: Path) -> None
     result = sh("audit", "model.pt", "--data", "digits")
     assert result.status == 2
     assert "may hold a pickle" in result.err
-    assert not (tmp_path / "model.audit").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_a_module_in_memory_is_audited(sh: Shell, trained: Path, tmp_path: Path) -> None:

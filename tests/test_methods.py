@@ -48,8 +48,9 @@ def test_lists_of_specs_are_built_one_by_one() -> None:
         ({"name": "pdg"}, ("name",), "there is no 'pdg' in threats; choose one of: apgd"),
         ({"name": "pgd", "stepz": 3}, ("stepz",), "has no such setting; it has: threat, steps"),
         ({"name": "pgd", "steps": "many"}, ("steps",), "integer"),
-        ({"name": "pgd", "steps": 0}, (), "steps=0 must be at least 1"),
-        ({"name": "pgd", "threat": {"name": "linf", "eps": 2}}, ("threat",), "eps=2"),
+        ({"name": "pgd", "steps": 0}, ("steps",), "steps=0 must be at least 1"),
+        ({"name": "pgd", "threat": {"name": "linf", "eps": 2}}, ("threat", "eps"), "eps=2"),
+        ({"name": "pgd", "threat": "fgsm"}, ("threat", "name"), "fgsm is no ThreatModel; choose one of: l1, l2, linf"),
         ({"name": "pgd", "threat": {"name": "linf"}}, ("threat", "eps"), "needs this setting"),
         ({"steps": 3}, (), "needs a name"),
         ({"import": "no.such.module:x"}, ("import",), "cannot import"),
@@ -84,6 +85,20 @@ class Squared(Objective):
 def test_the_users_own_code_is_named_by_import_path() -> None:
     made = methods.build("objectives", {"import": f"{__name__}:Squared"})
     assert isinstance(made, Squared)
+
+
+def test_what_an_import_makes_must_be_what_is_wanted() -> None:
+    with pytest.raises(FieldError, match="made a Recorder, not a Objective"):
+        methods.build("objectives", {"import": f"{__name__}:Recorder"}, expects=Objective)
+
+
+class Recorder:
+    """No objective."""
+
+
+def test_what_lies_outside_the_rooms_cannot_be_registered() -> None:
+    with pytest.raises(BadValue, match="is in no room of Trivet"):
+        methods.method(title="x")(Recorder)
 
 
 def test_two_files_cannot_register_one_name() -> None:

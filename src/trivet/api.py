@@ -5,8 +5,10 @@ Verbs take and return run folders; auditing and certifying take other people's m
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,15 +20,15 @@ from trivet.audit.findings import Findings
 from trivet.audit.report import render
 from trivet.audit.subject import Subject
 from trivet.certify.certificate_file import CertificateFile
-from trivet.certify.certifier import Certifier, join
+from trivet.certify.certifier import Certificates, Certifier, join
 from trivet.claims import Ledger
 from trivet.data.dataset import Dataset
-from trivet.errors import BadValue, TrivetError
+from trivet.errors import TrivetError, require
 from trivet.files import load_tensors, save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
 from trivet.models.foreign.load import load_model
 from trivet.recipes.plan import Plan, plan
-from trivet.recipes.recipe import Source, load
+from trivet.recipes.recipe import Source, load, shipped
 from trivet.training.folder import RunFolder
 from trivet.training.pipeline import load_weights, run_stages
 
@@ -36,7 +38,7 @@ class Run:
     """A run folder, read on demand."""
 
     folder: RunFolder
-    plan: Plan
+    source: Source
 
     @classmethod
     def open(
@@ -47,9 +49,14 @@ class Run:
         data: str | None = None,
         trust_code: bool = False,
     ) -> Run:
-        """An existing run. Code that its recipe names by import path runs only with `trust_code`."""
+        """An existing run. Code that its recipe names by import path runs only with `trust_code`, when it is needed."""
         folder = RunFolder.open(Path(path))
-        return cls(folder, plan(load(folder.path, overrides, data=data, trust=trust_code)))
+        return cls(folder, load(folder.path, overrides, data=data, trust=trust_code))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The recipe's methods, built."""
+        return plan(self.source)
 
     @property
     def name(self) -> str:
@@ -82,7 +89,7 @@ class Run:
         examples = self.folder.path / "examples.safetensors"
         return Subject(
             name=self.name,
-            recipe=self.plan.recipe.model_dump(exclude_defaults=True),
+            recipe=self.source.recipe.model_dump(exclude_defaults=True),
             run=self.folder.status,
             log=self.folder.read_log(),
             findings=self.findings,
@@ -93,14 +100,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Target:
-    """What an audit and a certifier look at: a model, the test data, and the settings to judge it by."""
+    """What an audit and a certifier look at: a model, the test data, the settings to judge it by, and where to write.
+
+    `source` says where the model came from, `again` is the command that audits it once more.
+    """
 
     name: str
     model: nn.Module
     test: Dataset
     plan: Plan
     folder: RunFolder
-    command: str
+    source: str
+    again: str
 
     @classmethod
     def open(
@@ -112,54 +123,67 @@ class Target:
         overrides: Sequence[str],
         out: str | Path | None,
         trust_code: bool,
+        device: str,
     ) -> Target:
         """A run folder, a .pt2, .onnx or .safetensors file, or a module in memory."""
-        if isinstance(target, nn.Module):
-            return cls._foreign(target, type(target).__name__, recipe, data, overrides, out)
-        path = Path(target)
-        if path.is_dir():
-            run = Run.open(path, overrides=overrides, data=data, trust_code=trust_code)
-            test = run.plan.splits().test
-            folder = run.folder if out is None else _beside(Path(out), run.plan)
-            return cls(run.name, run.model(test), test, run.plan, folder, str(path))
-        if not path.is_file():
-            raise TrivetError(f"{path} is neither a run folder nor a model file (.pt2, .onnx or .safetensors).")
-        if path.suffix == ".safetensors":
-            if recipe is None:
-                raise TrivetError(f"{path} holds weights only; name the recipe of its model with --recipe.")
-            source = plan(load(recipe, overrides, data=data))
-            model = source.model(source.splits().test)
-            load_weights(model, load_tensors(path)[0], str(path))
+        in_memory = isinstance(target, nn.Module)
+        name = type(target).__name__ if in_memory else Path(str(target)).name
+        options = [("--recipe", recipe), ("--data", data), *(("--set", each) for each in overrides), ("--out", out)]
+        source = f"<{name}>" if in_memory else str(target)
+        again = ["trivet", "audit", source]
+        again += [str(part) for option in options if option[1] is not None for part in option]
+        if not in_memory and Path(str(target)).is_dir():
+            if recipe is not None:
+                raise TrivetError(f"{target} is a run folder and has its own recipe; leave out --recipe, use --set.")
+            run = Run.open(str(target), overrides=overrides, data=data, trust_code=trust_code)
+            settings, test = run.plan, run.plan.splits().test
+            model = run.model(test)
+            folder = run.folder if out is None else _beside(Path(out), settings)
         else:
-            model = load_model(path)
-        return cls._foreign(model, path.stem, recipe, data, overrides, out or path.with_suffix(".audit"), str(path))
-
-    @classmethod
-    def _foreign(
-        cls,
-        model: nn.Module,
-        name: str,
-        recipe: str | Path | None,
-        data: str | None,
-        overrides: Sequence[str],
-        out: str | Path | None,
-        command: str = "MODEL",
-    ) -> Target:
-        settings = plan(load(recipe or "audit", overrides, data=data))
-        test = settings.splits().test
-        return cls(name, model, test, settings, _beside(Path(out or f"{name}.audit"), settings), command)
+            _require_model(target, recipe)
+            settings = plan(load(recipe or "audit", overrides, data=data, trust=trust_code))
+            test = settings.splits().test
+            model = target if isinstance(target, nn.Module) else _read(Path(target), settings, test)
+            folder = _beside(Path(out or f"{target if not in_memory else name}.audit"), settings)
+        return cls(name, model.to(_device(device)), test, settings, folder, source, shlex.join(again))
 
     @property
     def seed(self) -> int:
         return self.plan.recipe.seed
 
 
+def _require_model(target: str | Path | nn.Module, recipe: str | Path | None) -> None:
+    """Refuse what is no model before any data are read."""
+    if isinstance(target, nn.Module):
+        return
+    if not Path(target).is_file():
+        mend = f"train it first: trivet train {target}" if str(target) in shipped() else "check the path"
+        raise TrivetError(f"there is no run folder or model file {target}; {mend}.")
+    if Path(target).suffix == ".safetensors" and recipe is None:
+        raise TrivetError(f"{target} holds weights only; name the recipe of its model with --recipe.")
+
+
+def _read(path: Path, settings: Plan, test: Dataset) -> nn.Module:
+    """The model in a file; weights alone are those of the recipe's model."""
+    if path.suffix != ".safetensors":
+        return load_model(path)
+    model = settings.model(test)
+    load_weights(model, load_tensors(path)[0], str(path))
+    return model.eval()
+
+
+_BESIDE = "audit only"
+
+
 def _beside(out: Path, settings: Plan) -> RunFolder:
     """A folder for what is found about a model that is not ours: a run folder without training."""
     if (out / "recipe.yaml").exists():
-        return RunFolder.open(out)
+        folder = RunFolder.open(out)
+        if folder.status["status"] != _BESIDE:
+            raise TrivetError(f"{out} is the folder of a training run; choose another --out.")
+        return folder
     folder = RunFolder.create(out, settings.source.dump())
-    folder.record("audit only", settings.recipe.seed)
+    folder.record(_BESIDE, settings.recipe.seed)
     return folder
 
 
@@ -201,7 +225,7 @@ def train_model(
     torch_device = _device(device)
     folder = RunFolder.open(path) if started else RunFolder.create(path, source.dump())
     run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=torch_device)
-    return Run(folder, settings)
+    return Run(folder, source)
 
 
 def _resumed(path: Path, asked: Source, *, changed: bool) -> Source:
@@ -235,6 +259,7 @@ def audit_model(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     trust_code: bool = False,
+    device: str = "cpu",
 ) -> Subject:
     """Attack, certify and measure a model, and write findings, claims and report into its folder.
 
@@ -242,23 +267,31 @@ def audit_model(
         target: a run folder, a .pt2, .onnx or .safetensors file, or a module that maps images in [0, 1] to logits.
         recipe: for models from elsewhere: whose data, threat and audit settings to use; "audit" if None. A
             .safetensors file also needs its architecture from there.
-        data, overrides: as in `train_model`, e.g. "audit.points=200".
-        out: where to write; the run folder itself, or MODEL.audit beside a model file, if None.
+        data: as in `train_model`.
+        overrides: as in `train_model`, e.g. "audit.points=200".
+        out: where to write; the run folder itself, or FILE.audit beside a model file, if None.
         trust_code: run code that a run folder's recipe names by import path.
+        device: a torch device.
     """
-    found = Target.open(target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code)
+    found = Target.open(
+        target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code, device=device
+    )
     folder = found.folder
     with sole_writer(folder.path):
         findings, examples = found.plan.audit.run(
-            found.model, found.test, seed=found.seed, name=found.name, source=found.command
+            found.model,
+            found.test,
+            seed=found.seed,
+            name=found.name,
+            source=str(target) if not isinstance(target, nn.Module) else found.name,
         )
         ledger = Ledger.load(folder.claims) if folder.claims.exists() else Ledger()
         recheck(ledger, findings)
-        ledger.add(*claims_from(findings, made_by="audit", recheck=f"trivet audit {found.command}"))
+        ledger.add(*claims_from(findings, made_by="audit", recheck=found.again))
         findings.save(folder.audit)
         save_tensors(folder.path / "examples.safetensors", examples)
         ledger.save(folder.claims)
-        subject = Run(folder, found.plan).subject()
+        subject = Run(folder, found.plan.source).subject()
         write_text(folder.report, render([subject]))
     return subject
 
@@ -271,37 +304,49 @@ def certify_model(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     trust_code: bool = False,
+    device: str = "cpu",
     certifier: Certifier | None = None,
     points: int | None = None,
 ) -> CertificateFile:
     """Certify test points one by one and write them to certificates.json; an interrupted call goes on where it was.
 
     Args:
-        target, recipe, data, overrides, out, trust_code: as in `audit_model`.
+        target: as in `audit_model`.
+        recipe: as in `audit_model`.
+        data: as in `audit_model`.
+        overrides: as in `audit_model`.
+        out: as in `audit_model`.
+        trust_code: as in `audit_model`.
+        device: as in `audit_model`.
         certifier: by default the one of the recipe's audit.
         points: the first so many test points; the recipe's `audit.certificate_points` if None.
     """
-    found = Target.open(target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code)
+    found = Target.open(
+        target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code, device=device
+    )
     prover = certifier or found.plan.audit.certificate
     if prover is None:
         raise TrivetError("the recipe's audit names no certificate; add one, e.g. --sigma 0.25.")
-    points = min(points or found.plan.audit.certificate_points or len(found.test), len(found.test))
+    wanted = points if points is not None else found.plan.audit.certificate_points or len(found.test)
+    require(wanted >= 1, f"points={wanted} must be at least 1.")
+    wanted = min(wanted, len(found.test))
     path, artefact = found.folder.certificates, fingerprint(found.model)
-    with sole_writer(found.folder.path), display.progress("certify", points) as advance:
+    with sole_writer(found.folder.path), display.progress("certify", wanted) as advance:
         known = _unfinished(path, artefact, prover, found.seed)
-        done = 0 if known is None else min(len(known.certificates), points)
-        advance(done)
         parts = [] if known is None else [known.certificates]
-        result = known
-        for index in torch.arange(done, points).split(100):
-            batch = found.test.batch(index)
-            parts.append(prover.certify(found.model, batch.inputs, seed=found.seed, index=index, advance=advance))
-            whole = join(parts)
-            result = CertificateFile(whole, found.test.labels[whole.index], prover, found.seed, artefact)
-            result.save(path)
-    if result is None:
-        raise BadValue(f"points={points}: there is nothing to certify.")
-    return result
+        done = sum(map(len, parts))
+        advance(min(done, wanted))
+        for index in torch.arange(done, max(done, wanted)).split(100):
+            inputs = found.test.batch(index).inputs.to(device)
+            parts = [join([*parts, prover.certify(found.model, inputs, seed=found.seed, index=index, advance=advance)])]
+            _certificate_file(parts[0], found, prover, artefact).save(path)
+    return _certificate_file(parts[0].first(wanted), found, prover, artefact)
+
+
+def _certificate_file(
+    certificates: Certificates, found: Target, certifier: Certifier, artefact: str
+) -> CertificateFile:
+    return CertificateFile(certificates, found.test.labels[certificates.index], certifier, found.seed, artefact)
 
 
 def _unfinished(path: Path, artefact: str, certifier: Certifier, seed: int) -> CertificateFile | None:
@@ -337,7 +382,7 @@ def run_demo(out: str | Path = "runs/demo") -> tuple[list[Subject], Path]:
     """Train one small CNN on the embedded digits in three ways, audit each, and report on all: a few minutes."""
     runs = []
     for name in ("digits-plain", "digits-pgd-at", "digits-trades"):
-        run = train_model(name, out=Path(out) / name)
+        run = train_model(name, out=Path(out) / name, resume=True)  # an earlier demo's runs are taken as they are
         audit_model(run.folder.path)
         runs.append(run.folder.path)
     return compare_runs(runs), write_report(runs, Path(out) / "report.html")

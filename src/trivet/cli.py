@@ -51,6 +51,7 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-code", help="Let the recipe inside a run folder import the code it names. Read it first."),
 ]
+Device = Annotated[str, typer.Option(help="A torch device, e.g. cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -120,7 +121,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run; RECIPE may be its folder.")
     ] = False,
-    device: Annotated[str, typer.Option(help="A torch device, e.g. cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -144,6 +145,7 @@ def audit(
     override: Set = None,
     out: Out = None,
     trust_code: Trust = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Attack, certify and measure a model; write audit.json, claims.json and report.html."""
@@ -151,7 +153,7 @@ def audit(
     from trivet.audit.report import comparison
 
     subject = api.audit_model(
-        target, recipe=recipe, data=data, overrides=override or (), out=out, trust_code=trust_code
+        target, recipe=recipe, data=data, overrides=override or (), out=out, trust_code=trust_code, device=device
     )
     if as_json:
         _print_json(subject.findings.model_dump(mode="json"))
@@ -168,14 +170,19 @@ def certify(
     sigma: Annotated[
         float | None, typer.Option(help="Noise of randomized smoothing, in pixel units; the recipe's otherwise.")
     ] = None,
-    n: Annotated[int, typer.Option(help="With --sigma: noisy copies per input; tables in papers use 100000.")] = 10_000,
-    alpha: Annotated[float, typer.Option(help="With --sigma: how likely each certificate may be wrong.")] = 0.001,
+    n: Annotated[
+        int | None, typer.Option(help="With --sigma: noisy copies per input, 10000 unless given; papers use 100000.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="With --sigma: how likely each certificate may be wrong, 0.001 unless given.")
+    ] = None,
     points: Annotated[int | None, typer.Option(help="Certify the first so many test points.")] = None,
     recipe: ForRecipe = None,
     data: Data = None,
     override: Set = None,
     out: Out = None,
     trust_code: Trust = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Prove the model's answers constant around test points, one certificate each; interrupted calls go on."""
@@ -183,7 +190,11 @@ def certify(
     from trivet.certify.curves import average_certified_radius, certified_accuracy, format_radius
     from trivet.certify.smoothing import Smoothing
 
-    certifier = None if sigma is None else Smoothing(sigma, n=n, alpha=alpha)
+    settings: dict[str, Any] = {"n": n, "alpha": alpha}
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given if sigma is None else ():
+        raise TrivetError(f"--{name} goes with --sigma; the recipe's own is --set audit.certificate.{name}=….")
+    certifier = None if sigma is None else Smoothing(sigma, **given)
     found = api.certify_model(
         target,
         recipe=recipe,
@@ -191,6 +202,7 @@ def certify(
         overrides=override or (),
         out=out,
         trust_code=trust_code,
+        device=device,
         certifier=certifier,
         points=points,
     )
@@ -273,8 +285,7 @@ def _history(weights: Path) -> Any:
 
 
 def _default_folder(target: str) -> Path:
-    path = Path(target)
-    return path if path.is_dir() else path.with_suffix(".audit")
+    return Path(target) if Path(target).is_dir() else Path(f"{target}.audit")
 
 
 def _show_models(rows: Sequence[dict[str, Any]]) -> None:
@@ -312,6 +323,9 @@ def main(run: Callable[[], Any] = app) -> None:
         run()
     except TrivetError as error:
         print(f"trivet: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder one may not write
+        print(f"trivet: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("trivet: interrupted; what was saved stays, `trivet train … --resume` goes on.", file=sys.stderr)

@@ -50,6 +50,11 @@ class Method:
         """The arguments a recipe may give, by name."""
         return dict(inspect.signature(self.make).parameters)
 
+    def makes(self, expected: type) -> bool:
+        """Whether this builds values of a type, by its class or by what its signature says it returns."""
+        made = self.make if isinstance(self.make, type) else typing.get_type_hints(self.make).get("return")
+        return isinstance(made, type) and issubclass(made, expected)
+
 
 def method(
     *, title: str, paper: str = "", year: int | None = None, legs: str = "", name: str = "", note: str = ""
@@ -66,7 +71,13 @@ def method(
     served = tuple(leg for leg in _LEGS if leg in legs.split())
 
     def register(made: Made) -> Made:
-        room = made.__module__.split(".")[1]
+        package, _, inside = made.__module__.partition(".")
+        room = inside.partition(".")[0]
+        if package != __package__ or room not in ROOMS:
+            raise BadValue(
+                f"{made.__module__} is in no room of Trivet, so {made.__qualname__} cannot be registered; "
+                "recipes name code from elsewhere as {import: package.module:attribute}."
+            )
         key = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made.__name__).lower()
         _make_strict(made)
         other = _METHODS.get((room, key))
@@ -100,22 +111,25 @@ def methods(room: str | None = None) -> list[Method]:
     ]
 
 
-def find(room: str, name: str) -> Method:
-    """The method called `name` in `room`, or an error that lists what there is."""
-    _scan(room)
-    try:
-        return _METHODS[room, name]
-    except KeyError:
-        known = ", ".join(m.name for m in methods(room))
-        raise FieldError(("name",), f"there is no {name!r} in {room}; choose one of: {known}.") from None
+def find(room: str, name: str, expects: type | None = None) -> Method:
+    """The method called `name` in `room` that makes an `expects`, or an error that lists those there are."""
+    offered = [each for each in methods(room) if expects is None or each.makes(expects)]
+    for each in offered:
+        if each.name == name:
+            return each
+    known = ", ".join(each.name for each in offered)
+    known_elsewhere = any(each.name == name for each in methods(room))
+    text = f"{name} is no {expects.__name__}" if expects and known_elsewhere else f"there is no {name!r} in {room}"
+    raise FieldError(("name",), f"{text}; choose one of: {known}.")
 
 
-def build(room: str, spec: Mapping[str, Any] | str, **context: Any) -> Any:
+def build(room: str, spec: Mapping[str, Any] | str, *, expects: type | None = None, **context: Any) -> Any:
     """Make the method that `spec` describes: `{"name": "pgd_at", "steps": 10}`, or just its name.
 
     `{"import": "package.module:attribute", …}` names the user's own code instead: the attribute is called with the
     other settings. Whoever calls `build` has decided that this code may run.
 
+    `expects` is the type of value wanted, for rooms that make several (threat models and attacks).
     `context` offers values (the recipe's threat, the input shape) that are used where the method has an argument
     of that name and `spec` does not set it. A nested spec is built by the room of the field's type
     (the class attribute `room` of `ThreatModel`, `Attack`, `Objective`, …).
@@ -124,27 +138,32 @@ def build(room: str, spec: Mapping[str, Any] | str, **context: Any) -> Any:
         FieldError: unknown method, unknown or missing setting, or a value of the wrong type or range.
     """
     settings: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
-    found = _imported(room, settings) if "import" in settings else _named(room, settings)
+    found = _imported(room, settings) if "import" in settings else _named(room, settings, expects)
     hints = typing.get_type_hints(found.make)
     for field, value in settings.items():
-        inner_room = _room_of(hints.get(field))
-        if inner_room is None:
+        inner = _protocol_of(hints.get(field))
+        if inner is None:
             continue
         if isinstance(value, (Mapping, str)):
-            settings[field] = _built_field((field,), inner_room, value, context)
+            settings[field] = _built_field((field,), inner, value, context)
         elif isinstance(value, (list, tuple)):
             settings[field] = tuple(
-                _built_field((field, number), inner_room, each, context) if isinstance(each, (Mapping, str)) else each
+                _built_field((field, number), inner, each, context) if isinstance(each, (Mapping, str)) else each
                 for number, each in enumerate(value)
             )
     offered = {key: value for key, value in context.items() if key in found.settings and key not in settings}
-    return _validated(found, settings | offered)
+    made = _validated(found, settings | offered)
+    if expects is not None and not isinstance(made, expects):
+        raise FieldError((), f"{found.name} made a {type(made).__name__}, not a {expects.__name__}.")
+    return made
 
 
-def _named(room: str, settings: dict[str, Any]) -> Method:
-    if not isinstance(settings.get("name"), str):
-        raise FieldError((), f"needs a name, one of: {', '.join(m.name for m in methods(room))}.")
-    return find(room, settings.pop("name"))
+def _named(room: str, settings: dict[str, Any], expects: type | None) -> Method:
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        offered = [each.name for each in methods(room) if expects is None or each.makes(expects)]
+        raise FieldError((), f"needs a name, one of: {', '.join(offered)}.")
+    return find(room, name, expects)
 
 
 def _imported(room: str, settings: dict[str, Any]) -> Method:
@@ -161,17 +180,15 @@ def _imported(room: str, settings: dict[str, Any]) -> Method:
     return Method(str(path), room, str(path), "", None, (), "the user's own", make)
 
 
-def _room_of(annotation: Any) -> str | None:
-    """The room that builds values of this type: `Attack`, `Attack | None`, `tuple[Attack, ...]`."""
-    for option in (annotation, *typing.get_args(annotation)):
-        if isinstance(room := getattr(option, "room", None), str):
-            return room
-    return None
+def _protocol_of(annotation: Any) -> Any:
+    """The type with a room that builds values for a field: of `Attack`, `Attack | None`, `tuple[Attack, ...]`."""
+    options = (annotation, *typing.get_args(annotation))
+    return next((option for option in options if isinstance(getattr(option, "room", None), str)), None)
 
 
-def _built_field(path: Path, room: str, spec: Mapping[str, Any] | str, context: Mapping[str, Any]) -> Any:
+def _built_field(path: Path, protocol: Any, spec: Mapping[str, Any] | str, context: Mapping[str, Any]) -> Any:
     try:
-        return build(room, spec, **context)
+        return build(protocol.room, spec, expects=protocol, **context)
     except FieldError as error:
         raise FieldError((*path, *error.path), error.text) from None
 
@@ -194,8 +211,11 @@ def _validated(found: Method, settings: Mapping[str, Any]) -> Any:
         elif first["type"] in ("missing", "missing_argument"):
             text = f"{found.name} needs this setting."
         else:
-            text = f"{first['msg'].removeprefix('Value error, ').rstrip('.')} (in {found.name})."
-        raise FieldError(first["loc"], text) from None
+            text = first["msg"].removeprefix("Value error, ").rstrip(".") + "."
+        # A check of our own names its field at the start of the sentence, "epochs=0 must be …".
+        named = re.match(r"(\w+)=", text)
+        own = (named[1],) if named and not first["loc"] and named[1] in found.settings else ()
+        raise FieldError((*first["loc"], *own), text) from None
 
 
 def spec_of(made: Any) -> dict[str, Any]:

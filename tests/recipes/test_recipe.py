@@ -59,21 +59,22 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("epochs: 2", "epochs: 0", ["line 6", "stages[0].fit", "epochs=0 must be at least 1"]),
+        ("epochs: 2", "epochs: 0", ["line 8", "stages[0].fit.epochs", "epochs=0 must be at least 1"]),
         ("epochs: 2", "epochs: soon", ["line 8", "stages[0].fit.epochs", "integer"]),
         ("epochs: 2", "epoch: 2", ["line 8", "stages[0].fit.epoch", "no such setting"]),
         ("name: pgd_at", "name: pgd_ta", ["line 7", "stages[0].fit.objective.name", "there is no 'pgd_ta'", "pgd_at"]),
-        ("lr: 5e-2", "lr: -1", ["line 9", "stages[0].fit.optimizer", "lr=-1"]),
-        ("eps: 8/255", "eps: 3", ["line 4", "threat", "eps=3"]),
+        ("lr: 5e-2", "lr: -1", ["line 11", "stages[0].fit.optimizer.lr", "lr=-1"]),
+        ("eps: 8/255", "eps: 3", ["line 4", "threat.eps", "eps=3"]),
         ("eps: 8/255", "eps: 8/0", ["divides by zero"]),
         ("eps: 8/255", "eps: \"__import__('os').getpid()\"", ["line 4", "threat.eps", "valid number"]),
-        ("name: linf", "name: pgd", ["threat"]),
+        ("name: linf", "name: pgd", ["line 4", "threat.name", "pgd is no ThreatModel; choose one of: l1, l2, linf"]),
+        ("name: linf", "size: 1", ["line 4", "threat", "needs a name, one of: l1, l2, linf"]),
         ("name: tiny", "name: ../../etc", ["line 1", "name"]),
         ("name: tiny", "name: tiny\nspeed: 11", ["line 2", "speed", "there is no such field", "stages"]),
         ("name: tiny", "name: tiny\nname: again", ["line 2", "name is given twice"]),
-        ("model: {name: mlp}", "model: mlp", ["line 3", "model"]),
+        ("model: {name: mlp}", "model: [mlp]", ["line 3", "model", "dictionary"]),
         ("  - fit:", "  - fat:", ["line 6", "stages[0].fat", "there is no 'fat'"]),
-        ("  - fit:", "  - cosine:", ["line 7", "stages[0].cosine.objective", "no such setting"]),
+        ("  - fit:", "  - cosine:", ["line 6", "stages[0].cosine.name", "cosine is no Stage; choose one of: fit"]),
         ("threat: {name: linf, eps: 8/255}", "", ["threat", "Field required"]),
         ("threat:", "threat: [", ["not valid YAML"]),
         ("epochs: 2", "epochs: !!python/object/apply:os.getpid []", ["not valid YAML"]),
@@ -88,6 +89,15 @@ def test_what_is_wrong_is_named_by_line_and_field(tmp_path: Path, old: str, new:
     assert "\n" not in message
     for word in [str(path), *words]:
         assert word in message
+
+
+def test_a_name_alone_is_a_method_and_nothing_its_defaults(tmp_path: Path) -> None:
+    short = written(
+        tmp_path,
+        "name: s\ndata: digits\nmodel: mlp\nthreat: {name: linf, eps: 0.1}\nstages: [fit: {objective: pgd_at}]\naudit:\n",
+    )
+    recipe = plan(load(short)).recipe
+    assert (recipe.data, recipe.model, recipe.audit) == ({"name": "digits"}, {"name": "mlp"}, {})
 
 
 def test_an_override_is_set_and_checked(tmp_path: Path) -> None:

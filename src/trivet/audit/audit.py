@@ -25,14 +25,14 @@ from trivet.audit.findings import (
 from trivet.audit.labels import distinct, label_of
 from trivet.audit.masking import Behaviour
 from trivet.audit.probes import Probes
-from trivet.audit.sweep import P, Sweep, device_of
+from trivet.audit.sweep import P, Sweep
 from trivet.certify.certifier import Certificates, Certifier
 from trivet.compression.cost import cost_of, measure_latency
 from trivet.data.dataset import Batch, Dataset
 from trivet.errors import require
 from trivet.methods import method, spec_of
 from trivet.models.fingerprint import fingerprint
-from trivet.models.modes import evaluating
+from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
 from trivet.threats.autoattack import AutoAttack

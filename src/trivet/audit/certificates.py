@@ -11,11 +11,11 @@ from torch import nn
 from trivet import display
 from trivet.audit.findings import CertificateFinding, CertifiedPoint
 from trivet.audit.labels import label_of
-from trivet.audit.sweep import device_of
 from trivet.certify.certifier import Certificates, Certifier, join
 from trivet.certify.curves import average_certified_radius, certified_accuracy, guaranteed_accuracy
 from trivet.data.dataset import Dataset
 from trivet.methods import spec_of
+from trivet.models.modes import device_of
 from trivet.statistics import Rate
 
 _CURVE_STEPS = 60

@@ -14,7 +14,7 @@ from trivet.audit.findings import AttackFinding
 from trivet.audit.gradients import lacks_gradient
 from trivet.data.dataset import Batch, Dataset
 from trivet.methods import spec_of
-from trivet.models.modes import evaluating
+from trivet.models.modes import device_of, evaluating
 from trivet.randomness import generator
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
@@ -25,11 +25,6 @@ _PORTION = 2048
 """Records handed to a composed attack at once: enough for full batches of what still stands, and bounded."""
 
 P = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's tensors are; the CPU if it has none."""
-    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
 @dataclass

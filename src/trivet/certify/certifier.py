@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -61,6 +61,12 @@ class Certificates:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> Certificates:
+        """Those of the first `count` inputs."""
+        evidence = {name: values[:count] for name, values in self.evidence.items()}
+        index, labels, radii = self.index[:count], self.labels[:count], self.radii[:count]
+        return replace(self, index=index, labels=labels, radii=radii, evidence=evidence)
 
     @property
     def abstained(self) -> Tensor:

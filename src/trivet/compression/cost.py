@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trivet import machine
 from trivet.errors import require
-from trivet.models.modes import evaluating
+from trivet.models.modes import device_of, evaluating
 from trivet.models.surrogate import Surrogate
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -119,15 +119,11 @@ def _work(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
     counter = FlopCounterMode(display=False)
     try:
         with evaluating(model), counter:
-            model(torch.zeros(1, *input_shape, device=_device(model)))
+            model(torch.zeros(1, *input_shape, device=device_of(model)))
     finally:
         for hook in hooks:
             hook.remove()
     return int(counter.get_total_flops()), skipped
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,7 @@ def measure_latency(
     for name, value in (("batch_size", batch_size), ("repeats", repeats), ("warmup", warmup)):
         require(value >= 1, f"{name}={value} must be at least 1.")
     require(threads is None or threads >= 1, f"threads={threads} must be at least 1.")
-    x = torch.rand(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(_device(model))
+    x = torch.rand(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device_of(model))
     with evaluating(model), torch.inference_mode(), _threads(threads) as allowed:
         folded = Surrogate(model, "fp32").refresh(model)
         ways: dict[str, Callable[[Tensor], Tensor]] = {"as it is": model}

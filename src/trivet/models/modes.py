@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -18,3 +19,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights lie; the CPU for a model without any."""
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))

@@ -40,9 +40,7 @@ class Plan:
             raise TrivetError(f"{self.source.where} names no data; say which with --data.")
         settings = dict(self.recipe.data)
         limits = {part: settings.pop(f"{part}_limit", None) for part in ("train", "test")}
-        splits = _build(self.source, ("data",), "data", settings)
-        if not isinstance(splits, Splits):
-            raise self.source.located(FieldError(("data",), f"made a {type(splits).__name__}, not Splits."))
+        splits: Splits = _build(self.source, ("data",), "data", settings, expects=Splits)
         return splits.limited(**limits)
 
     def model(self, data: Dataset) -> nn.Module:
@@ -51,16 +49,15 @@ class Plan:
             raise TrivetError(f"{self.source.where} describes no model; it is for auditing models trained elsewhere.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.recipe.seed, "init"))
-            model = _build(
+            model: nn.Module = _build(
                 self.source,
                 ("model",),
                 "models",
                 self.recipe.model,
+                expects=nn.Module,
                 input_shape=data.input_shape,
                 num_classes=data.num_classes,
             )
-        if not isinstance(model, nn.Module):
-            raise self.source.located(FieldError(("model",), f"made a {type(model).__name__}, not a torch nn.Module."))
         return model
 
 
@@ -72,11 +69,7 @@ def plan(source: Source) -> Plan:
     """
     recipe = source.recipe
     _admit(source)
-    threat = _build(source, ("threat",), "threats", recipe.threat)
-    if not isinstance(threat, ThreatModel):
-        raise source.located(
-            FieldError(("threat",), "must be a threat model, such as linf, l2 or l1; an attack is not.")
-        )
+    threat = _build(source, ("threat",), "threats", recipe.threat, expects=ThreatModel)
     stages = []
     for number, entry in enumerate(recipe.stages):
         if len(entry) != 1:
@@ -84,9 +77,7 @@ def plan(source: Source) -> Plan:
             raise source.located(FieldError(("stages", number), text))
         ((name, settings),) = entry.items()
         path = ("stages", number, name)
-        stage = _build(source, path, "training", {"name": name, **settings}, threat=threat)
-        if not isinstance(stage, Stage):
-            raise source.located(FieldError(path, f"{name} is no stage; see `trivet methods --room training`."))
+        stage = _build(source, path, "training", {"name": name, **settings}, expects=Stage, threat=threat)
         stages.append((name, stage))
     audit = _build(source, ("audit",), "audit", {"name": "audit", **recipe.audit}, threat=threat)
     return Plan(source, threat, tuple(stages), audit)

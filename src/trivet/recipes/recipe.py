@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from trivet import errors
 from trivet.errors import FieldError, TrivetError, dotted
 
-Spec = dict[str, Any]
+Spec = Annotated[dict[str, Any], BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
+"""A method and its settings, or its name alone."""
+Settings = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 Lines = dict[errors.Path, int | str]
 """The line of each field, or the --set argument that gave it."""
 
@@ -43,8 +45,8 @@ class Recipe(BaseModel):
     data: Spec | None = None
     model: Spec | None = None
     threat: Spec
-    stages: list[dict[str, Spec]] = []
-    audit: Spec = Field(default_factory=dict)
+    stages: list[dict[str, Settings]] = []
+    audit: Settings = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None 
         raise TrivetError(f"{path} must hold a mapping with name, data, model and stages; see `trivet recipes`.")
     for override in overrides:
         for path_set in _override(content, override):
-            lines[path_set] = f"--set {override}"
+            lines = _moved(lines, path_set, f"--set {override}")
     if data is not None:
         content["data"] = data_spec(data)
+        lines = _moved(lines, ("data",), f"--data {data}")
     where = str(path)
     try:
         return Source(Recipe.model_validate(content), where, lines, trust or not inside_run)
@@ -124,7 +127,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = (), *, data: str | None 
         raise _located(first["loc"], text + ".", where, lines) from None
 
 
-def data_spec(argument: str) -> Spec:
+def data_spec(argument: str) -> dict[str, Any]:
     """What `--data` means: a source's name, an .npz file, a folder of Parquet files or images, or hub:NAME."""
     if argument.startswith("hub:"):
         return {"name": "hub", "dataset": argument.removeprefix("hub:")}
@@ -169,6 +172,11 @@ def _lines(node: yaml.Node, path: errors.Path = ()) -> Iterator[tuple[errors.Pat
             yield from _lines(value, (*path, number))
 
 
+def _moved(lines: Lines, path: errors.Path, place: str) -> Lines:
+    """`lines` after the field at `path`, with all below it, was set elsewhere."""
+    return {each: line for each, line in lines.items() if each[: len(path)] != path} | {path: place}
+
+
 def _refuse_duplicates(node: yaml.Node | None, where: str) -> None:
     """YAML lets the last of two equal keys win, silently."""
     if isinstance(node, yaml.MappingNode):
@@ -193,8 +201,9 @@ def _override(content: dict[str, Any], override: str) -> list[errors.Path]:
         raise TrivetError(f"--set {override}: write it as key=value, for example --set threat.eps=8/255.")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506  see load
-    except yaml.YAMLError:
-        raise TrivetError(f"--set {override}: {text!r} is not a YAML value.") from None
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or "it cannot be read"
+        raise TrivetError(f"--set {override}: {text!r} is not a YAML value ({why}).") from None
     stages = content.get("stages") or []
     numbers = [n for n, stage in enumerate(stages) if isinstance(stage, dict) and path[0] in stage]
     targets: list[errors.Path] = [path] if path[0] in Recipe.model_fields else [("stages", n, *path) for n in numbers]

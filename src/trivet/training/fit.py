@@ -17,7 +17,7 @@ from trivet.data.augment import Augmentation
 from trivet.data.dataset import Batch, Dataset
 from trivet.errors import TrivetError, require
 from trivet.methods import method, spec_of
-from trivet.models.modes import evaluating
+from trivet.models.modes import device_of, evaluating
 from trivet.models.surrogate import Precision
 from trivet.objectives.objective import Losses, Objective, Progress
 from trivet.privacy.gradient_rule import GradientRule, MeanGradient
@@ -321,7 +321,7 @@ def held_out(model: nn.Module, held: Dataset, objective: Objective, seed: int) -
     threat = getattr(objective, "threat", None)
     attacks = {"held_fgsm": fgsm(threat), "held_pgd": PGD(threat, steps=10)} if threat is not None else {}
     right = dict.fromkeys(["held_clean", *attacks], 0)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model):
         for number, batch in enumerate(each.to(device) for each in held.batches(500)):
             with torch.no_grad():

@@ -37,9 +37,11 @@ class RunFolder:
         """Make a new run folder; one that already holds something is refused."""
         if path.exists() and (not path.is_dir() or any(each.name != ".lock" for each in path.iterdir())):
             raise TrivetError(f"{path} already exists; add --resume to go on with it, or choose another --out.")
-        path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.stages.mkdir()
+        try:
+            folder.stages.mkdir(parents=True)
+        except OSError as error:
+            raise TrivetError(f"cannot make {path} ({error.strerror}); choose another --out.") from None
         write_text(folder.recipe, recipe)
         return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,12 +32,14 @@ def run_stages(
         TrivetError: another process is writing the folder, or a stage refuses to go on; what was saved stays.
     """
     with sole_writer(folder.path):
-        folder.record("running", seed, machine.describe())
         checkpoint = Checkpoint(model.to(device))
         files = [folder.stage(number, name) for number, (name, _) in enumerate(stages)]
         done = sum(each.finished.exists() for each in files)
         if done:
             checkpoint = _load(files[done - 1], checkpoint)
+        if done == len(stages) and folder.claims.exists():  # finished: later audits may have added claims
+            return replace(checkpoint, ledger=Ledger.load(folder.claims))
+        folder.record("running", seed, machine.describe())
         for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
             checkpoint = stage.run(checkpoint, Context(splits, seed, each, device))
             checkpoint.ledger.apply(name, stage.effect())
