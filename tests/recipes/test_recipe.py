@@ -92,10 +92,15 @@ def test_what_is_wrong_is_named_by_line_and_field(tmp_path: Path, old: str, new:
 
 
 def test_a_name_alone_is_a_method_and_nothing_its_defaults(tmp_path: Path) -> None:
-    short = written(
-        tmp_path,
-        "name: s\ndata: digits\nmodel: mlp\nthreat: {name: linf, eps: 0.1}\nstages: [fit: {objective: pgd_at}]\naudit:\n",
+    lines = (
+        "name: s",
+        "data: digits",
+        "model: mlp",
+        "threat: {name: linf, eps: 0.1}",
+        "stages: [fit: {objective: pgd_at}]",
+        "audit:",
     )
+    short = written(tmp_path, "\n".join(lines))
     recipe = plan(load(short)).recipe
     assert (recipe.data, recipe.model, recipe.audit) == ({"name": "digits"}, {"name": "mlp"}, {})
 
