@@ -3,10 +3,11 @@
     python bench/pgd.py --out results/pgd.json
 
 Every rival attacks the same points of the same network with the same eps, step size and number of steps from random
-starts, in turns, with the allocator set alike. Ours includes the check of every point in float32, which the peers leave
-to the user. The share of the machine's limit counts 2 forward FLOPs per step, over the bfloat16 matrix product measured
-in the same run. Strength is compared apart, on more points: the accuracy left by our bfloat16 gradients, our float32
-gradients and each peer. Without MNIST and CIFAR-10 (TRIVET_DATA) the digits stand in for them.
+starts, in turns, with the allocator set alike. Ours checks every point before and after, in float32 on the model
+itself, which the peers leave to the user; "unchecked" is the search alone, the work the peers do. The share of the
+machine's limit counts 2 forward FLOPs per step, over the bfloat16 matrix product measured in the same run. Strength is
+compared apart, on more points: the accuracy left by our bfloat16 gradients, our float32 gradients and each peer.
+Without MNIST and CIFAR-10 (TRIVET_DATA) the digits stand in for them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from trivet.data.dataset import Batch, Dataset
 from trivet.errors import TrivetError
 from trivet.methods import build
 from trivet.models.modes import evaluating
+from trivet.models.surrogate import surrogate
 from trivet.objectives.fast_at import FastAt
 from trivet.objectives.objective import Progress
 from trivet.objectives.pgd_at import PgdAt
 from trivet.randomness import generator
-from trivet.threats.attack import misclassified
+from trivet.threats.attack import Target, misclassified
 from trivet.threats.linf import Linf
 from trivet.threats.pgd import PGD
 
@@ -96,6 +98,10 @@ def attackers(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, se
         attack = PGD(Linf(eps), steps=steps, step_size=step, precision=precision)
         return lambda turn: attack.run(model, x, y, generator=generator(seed, "pgd", turn), batch_size=len(x)).x_adv
 
+    def unchecked(turn: int) -> Tensor:
+        attack = PGD(Linf(eps), steps=steps, step_size=step, precision="bf16")
+        return attack.search(Target(surrogate(model, "bf16"), model), x, y, generator(seed, "pgd", turn))
+
     x_numpy, y_numpy = x.numpy(), np.eye(10)[y.numpy()]
     return {
         "torchattacks": lambda turn: theirs(x, y).detach(),
@@ -103,6 +109,7 @@ def attackers(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, se
         "ART": lambda turn: torch.from_numpy(art.generate(x_numpy, y_numpy)),
         "trivet fp32": ours("fp32"),
         "trivet bf16": ours("bf16"),
+        "trivet bf16, unchecked": unchecked,
     }
 
 

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from trivet.models.grey_convolution import GreyConvolution
+from trivet.models.rectifiers import cheapen_rectifiers
 
 Precision = Literal["fp32", "bf16"]
 Logits = Callable[[Tensor], Tensor]
@@ -74,6 +75,7 @@ class Surrogate(nn.Module):
                 self._folded[before.target] = node.target
                 node.replace_all_uses_with(before)
                 graph.graph.erase_node(node)
+        cheapen_rectifiers(graph)
         graph.recompile()
         return graph
 
