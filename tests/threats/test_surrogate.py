@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from trivet.models.surrogate import Surrogate, surrogate
