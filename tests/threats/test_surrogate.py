@@ -45,7 +45,7 @@ def test_batch_norm_after_a_convolution_is_folded_and_the_other_is_kept() -> Non
     assert isinstance(net, fx.GraphModule)
     called = [net.get_submodule(str(node.target)) for node in net.graph.nodes if node.op == "call_module"]
     assert sum(isinstance(module, nn.BatchNorm2d) for module in called) == 1
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in _net().modules()) == 2
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in _net().modules()) == 3
 
 
 def test_new_weights_are_taken_over_at_the_next_request() -> None:
