@@ -261,7 +261,7 @@ def test_expressions_and_guards_of_the_file_are_not_evaluated(archive: Path, tmp
 
 def test_a_model_in_training_mode_is_refused(tmp_path: Path) -> None:
     for model, complaint in (
-        (nn.Sequential(nn.Flatten(), nn.Dropout()), "is in training mode; call eval"),
+        (nn.Sequential(nn.Flatten(), nn.Dropout()), "is in training mode; export it in eval mode"),
         (nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), "buffers it changes count|training mode"),
     ):
         path = export(model.train(), torch.rand(2, 1, 4, 4), tmp_path / "m.pt2")

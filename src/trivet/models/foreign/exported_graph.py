@@ -113,7 +113,7 @@ def _addmm(call: Call) -> Flow:
 
 
 def _batch_norm(call: Call) -> Flow:
-    refuse_unless(not call.get("training", False), "is in training mode; call eval() before exporting")
+    refuse_unless(not call.get("training", False), "is in training mode; export it in eval mode")
     x, mean, variance = call.flow("input"), call.weight("running_mean"), call.weight("running_var")
     weight, bias = call.maybe("weight"), call.maybe("bias")
     return call.assembly.layer(batch_norm(x.stand_in.ndim, mean, variance, weight, bias, call.get("eps", 1e-5)), x)
@@ -280,7 +280,7 @@ def _pad(call: Call) -> Flow:
 
 def _identity(call: Call) -> Value:
     training = call.get("train", False)
-    refuse_unless(not training, "is in training mode; call eval() before exporting")
+    refuse_unless(not training, "is in training mode; export it in eval mode")
     refuse_unless(call.get("dtype", FLOAT) == FLOAT, "casts to another type than float32")
     return call.value("input") if "input" in call.arguments else call.value()
 
