@@ -86,7 +86,7 @@ class Run:
 
     def subject(self) -> Subject:
         """Everything a report shows of this run."""
-        examples = self.folder.path / "examples.safetensors"
+        examples = self.folder.examples
         return Subject(
             name=self.name,
             recipe=self.source.recipe.model_dump(exclude_defaults=True),
@@ -126,11 +126,12 @@ class Target:
         device: str,
     ) -> Target:
         """A run folder, a .pt2, .onnx or .safetensors file, or a module in memory."""
+        where = _device(device)
         in_memory = isinstance(target, nn.Module)
         name = type(target).__name__ if in_memory else Path(str(target)).name
         options = [("--recipe", recipe), ("--data", data), *(("--set", each) for each in overrides), ("--out", out)]
-        source = f"<{name}>" if in_memory else str(target)
-        again = ["trivet", "audit", source]
+        source = name if in_memory else str(target)
+        again = ["trivet", "audit", f"<{name}>" if in_memory else source]
         again += [str(part) for option in options if option[1] is not None for part in option]
         if not in_memory and Path(str(target)).is_dir():
             if recipe is not None:
@@ -138,18 +139,25 @@ class Target:
             run = Run.open(str(target), overrides=overrides, data=data, trust_code=trust_code)
             settings, test = run.plan, run.plan.splits().test
             model = run.model(test)
-            folder = run.folder if out is None else _beside(Path(out), settings)
+            folder = run.folder if out is None else _beside(audit_folder(source, out), settings)
         else:
             _require_model(target, recipe)
             settings = plan(load(recipe or "audit", overrides, data=data, trust=trust_code))
             test = settings.splits().test
             model = target if isinstance(target, nn.Module) else _read(Path(target), settings, test)
-            folder = _beside(Path(out or f"{target if not in_memory else name}.audit"), settings)
-        return cls(name, model.to(_device(device)), test, settings, folder, source, shlex.join(again))
+            folder = _beside(audit_folder(source, out or (f"{name}.audit" if in_memory else None)), settings)
+        return cls(name, model.to(where), test, settings, folder, source, shlex.join(again))
 
     @property
     def seed(self) -> int:
         return self.plan.recipe.seed
+
+
+def audit_folder(source: str, out: str | Path | None) -> Path:
+    """Where an audit of `source` writes: `out`, a run's own folder, or FILE.audit beside a model file."""
+    if out is not None:
+        return Path(out)
+    return Path(source) if Path(source).is_dir() else Path(f"{source}.audit")
 
 
 def _require_model(target: str | Path | nn.Module, recipe: str | Path | None) -> None:
@@ -211,6 +219,7 @@ def train_model(
     Raises:
         TrivetError: anything the user can mend, before the first step where possible.
     """
+    torch_device = _device(device)
     from_folder = Path(recipe).is_dir()
     source = load(recipe, overrides, data=data, trust=trust_code)
     path = Path(recipe) if from_folder and out is None else Path(out or Path("runs") / source.recipe.name)
@@ -222,7 +231,6 @@ def train_model(
         raise TrivetError(f"{source.where} has no stages to train; it is for `trivet audit --recipe`.")
     splits = settings.splits()
     model = settings.model(splits.train)
-    torch_device = _device(device)
     folder = RunFolder.open(path) if started else RunFolder.create(path, source.dump())
     run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=torch_device)
     return Run(folder, source)
@@ -283,15 +291,16 @@ def audit_model(
             found.test,
             seed=found.seed,
             name=found.name,
-            source=str(target) if not isinstance(target, nn.Module) else found.name,
+            source=found.source,
         )
-        ledger = Ledger.load(folder.claims) if folder.claims.exists() else Ledger()
+        run = Run(folder, found.plan.source)
+        ledger = run.claims
         recheck(ledger, findings)
         ledger.add(*claims_from(findings, made_by="audit", recheck=found.again))
         findings.save(folder.audit)
-        save_tensors(folder.path / "examples.safetensors", examples)
+        save_tensors(folder.examples, examples)
         ledger.save(folder.claims)
-        subject = Run(folder, found.plan.source).subject()
+        subject = run.subject()
         write_text(folder.report, render([subject]))
     return subject
 
@@ -332,8 +341,7 @@ def certify_model(
     wanted = min(wanted, len(found.test))
     path, artefact = found.folder.certificates, fingerprint(found.model)
     with sole_writer(found.folder.path), display.progress("certify", wanted) as advance:
-        known = _unfinished(path, artefact, prover, found.seed)
-        parts = [] if known is None else [known.certificates]
+        parts = _unfinished(path, artefact, prover, found.seed)
         done = sum(map(len, parts))
         advance(min(done, wanted))
         for index in torch.arange(done, max(done, wanted)).split(100):
@@ -349,13 +357,13 @@ def _certificate_file(
     return CertificateFile(certificates, found.test.labels[certificates.index], certifier, found.seed, artefact)
 
 
-def _unfinished(path: Path, artefact: str, certifier: Certifier, seed: int) -> CertificateFile | None:
+def _unfinished(path: Path, artefact: str, certifier: Certifier, seed: int) -> list[Certificates]:
     """Certificates of an earlier call with the same weights, certifier and seed; others are started anew."""
     if not path.exists():
-        return None
+        return []
     earlier = CertificateFile.load(path)
     same = (earlier.artefact, earlier.certifier, earlier.seed) == (artefact, certifier, seed)
-    return earlier if same else None
+    return [earlier.certificates] if same else []
 
 
 def compare_runs(runs: Sequence[str | Path], *, trust_code: bool = False) -> list[Subject]:
@@ -371,7 +379,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, t
         out: the file; report.html in the folder of a single run, ./report.html for several, if None.
     """
     subjects = compare_runs(runs, trust_code=trust_code)
-    path = Path(out) if out else Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html")
+    path = Path(out) if out else RunFolder(Path(runs[0])).report if len(runs) == 1 else Path("report.html")
     if not path.parent.is_dir():
         raise TrivetError(f"{path.parent} is not a folder; make it or choose another --out.")
     write_text(path, render(subjects))

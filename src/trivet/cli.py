@@ -161,7 +161,7 @@ def audit(
         _show_models(comparison([subject]))
         for check in subject.findings.flags:
             print(f"{check.severity}: {check.title}: {check.meaning}")
-        print(f"report: {Path(out or _default_folder(target)) / 'report.html'}")
+        print(f"report: {api.audit_folder(target, out) / 'report.html'}")
 
 
 @app.command()
@@ -282,10 +282,6 @@ def _history(weights: Path) -> Any:
     from trivet.files import load_tensors
 
     return load_tensors(weights)[1]["history"]
-
-
-def _default_folder(target: str) -> Path:
-    return Path(target) if Path(target).is_dir() else Path(f"{target}.audit")
 
 
 def _show_models(rows: Sequence[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from trivet.certify.compiled import compiled
 from trivet.display import Advance
 from trivet.errors import BadValue, require
 from trivet.methods import method
+from trivet.models.inputs import require_unit_range
 from trivet.models.modes import evaluating
 from trivet.models.surrogate import Logits, Precision, surrogate
 from trivet.randomness import generator
@@ -232,12 +233,7 @@ class Smoothing(Certifier):
 def _positions(x: Tensor, index: Tensor | None) -> Tensor:
     """The checked positions [N] of `x` in its dataset."""
     require(x.ndim >= 2, f"inputs must be a batch [N, ...], got {tuple(x.shape)}.")
-    low, high = (float(x.min()), float(x.max())) if x.numel() else (0.0, 0.0)
-    # Written so that NaN, which compares false with everything, is refused too.
-    require(
-        low >= 0.0 and high <= 1.0,
-        f"inputs run from {low:g} to {high:g}, but must lie in [0, 1]; move normalisation into the model.",
-    )
+    require_unit_range(x)
     if index is None:
         return torch.arange(len(x))
     require(index.shape == (len(x),), f"index must be [{len(x)}] like the inputs, got {tuple(index.shape)}.")

@@ -1,8 +1,10 @@
-"""The question every network asks first: does an input of this shape fit through me?"""
+"""What is asked of every input first: does its shape fit, and is it an image in [0, 1]?"""
 
 from __future__ import annotations
 
-from trivet.errors import require
+from torch import Tensor
+
+from trivet.errors import BadValue, require
 
 
 def require_fit(model: str, input_shape: tuple[int, int, int], num_classes: int, smallest: int = 1) -> None:
@@ -18,3 +20,12 @@ def require_fit(model: str, input_shape: tuple[int, int, int], num_classes: int,
         "choose a smaller network such as small_cnn or mlp.",
     )
     require(num_classes >= 2, f"num_classes={num_classes} must be at least 2.")
+
+
+def require_unit_range(x: Tensor) -> None:
+    """Refuse inputs that are not images in [0, 1]: a radius means pixels only there."""
+    if x.numel() and not (float(x.min()) >= 0.0 and float(x.max()) <= 1.0):
+        raise BadValue(
+            f"inputs run from {float(x.min()):g} to {float(x.max()):g}, but must lie in [0, 1]; "
+            "move normalisation into the model and scale the images."
+        )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trivet import randomness
-from trivet.errors import BadValue, require
+from trivet.errors import require
+from trivet.models.inputs import require_unit_range
 from trivet.models.modes import evaluating
 from trivet.models.surrogate import Logits, Precision, surrogate
 from trivet.threats.threat import ThreatModel
@@ -116,15 +117,6 @@ class Attack(ABC):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial points for `x` [N, ...] where the attack found some, the clean inputs elsewhere."""
         return self.run(model, x, y, generator=generator).x_adv
-
-
-def require_unit_range(x: Tensor) -> None:
-    """Refuse inputs that are not images in [0, 1]: a radius means pixels only there."""
-    if x.numel() and not (float(x.min()) >= 0.0 and float(x.max()) <= 1.0):
-        raise BadValue(
-            f"inputs run from {float(x.min()):g} to {float(x.max()):g}, but must lie in [0, 1]; "
-            "move normalisation into the model and scale the images."
-        )
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from trivet import randomness
 from trivet.display import progress
 from trivet.errors import require
 from trivet.methods import method
+from trivet.models.inputs import require_unit_range
 from trivet.models.modes import evaluating
 from trivet.threats.apgd import APGD, APGDT
-from trivet.threats.attack import Attack, Target, misclassified, require_unit_range
+from trivet.threats.attack import Attack, Target, misclassified
 from trivet.threats.fab import FAB, FABT
 from trivet.threats.square import Square
 

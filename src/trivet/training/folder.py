@@ -78,6 +78,10 @@ class RunFolder:
         return self.path / "audit.json"
 
     @property
+    def examples(self) -> Path:
+        return self.path / "examples.safetensors"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
