@@ -154,6 +154,13 @@ class Ledger:
         voided = claim.model_copy(update={"voided": Voided(stage=stage, reason=reason)})
         self.claims = tuple(voided if each is claim else each for each in self.claims)
 
+    def rebind(self, kind: str, artefact: str) -> None:
+        """Carry holding claims of a kind over to weights made from those they were about, as post-processing allows."""
+        self.claims = tuple(
+            claim.model_copy(update={"artefact": artefact}) if claim.holds and claim.kind == kind else claim  # type: ignore[attr-defined]
+            for claim in self.claims
+        )
+
     @property
     def holding(self) -> tuple[Claim, ...]:
         return tuple(claim for claim in self.claims if claim.holds)

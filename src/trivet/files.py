@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,21 @@ def sha256(content: bytes | Path) -> str:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; a second one is refused. The lock dies with the process, however it dies."""
+def sole_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold `folder` for this process; a second one is refused, after `patience` seconds of waiting.
+
+    The lock dies with the process, however it dies.
+    """
     with (folder / ".lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrivetError(
-                f"{folder} is being written by another process; wait for it or choose another --out."
-            ) from None
+        last = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= last:
+                    raise TrivetError(
+                        f"{folder} is being written by another process; wait for it or choose another --out."
+                    ) from None
+                time.sleep(0.02)
         yield

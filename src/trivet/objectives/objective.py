@@ -36,6 +36,7 @@ class Progress:
         epoch: the current pass over the data (fractional).
         seed: of the run, the source of every generator.
         precision: the arithmetic of the training step; attacks inside it use the same for gradients.
+        part: number of the piece of a batch that was cut to fit in memory; its randomness is its own.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Progress:
     epoch: float
     seed: int
     precision: Precision = "fp32"
+    part: int = 0
 
     @property
     def fraction(self) -> float:
@@ -51,7 +53,8 @@ class Progress:
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator of its own for `purpose` in this step; the same again when the step is replayed on resume."""
-        return randomness.generator(self.seed, "objective", purpose, self.step, device=device)
+        part = (self.part,) if self.part else ()
+        return randomness.generator(self.seed, "objective", purpose, self.step, *part, device=device)
 
 
 class Objective(ABC):

@@ -1,17 +1,15 @@
-"""The protocol of a gradient rule: from per-example losses to one update direction, and what it spends."""
+"""The protocol of a gradient rule: which records a step sees, what it makes of their losses, and what that spends."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from trivet.claims import Verdict
 from trivet.data.dataset import Batch
-from trivet.methods import method
 
 
 class PerExample(Protocol):
@@ -23,8 +21,43 @@ class PerExample(Protocol):
     def log(self) -> Mapping[str, Tensor]: ...
 
 
+class Work(Protocol):
+    """What the training loop offers a rule in one step: the objective's two acts, bound to this moment.
+
+    A rule may cut its batch into parts; it numbers them from 0, so that equal parts do not draw equal randomness.
+    """
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of this step."""
+
+    def perturb(self, model: nn.Module, batch: Batch, part: int = 0) -> Tensor:
+        """The inputs [B, ...] or [B, views, ...] that the model is trained on; detached."""
+
+    def losses(self, model: nn.Module, batch: Batch, perturbed: Tensor, part: int = 0) -> PerExample:
+        """The losses [B], differentiable in the parameters of `model`."""
+
+
+class Plan(ABC):
+    """One training stage's sampler and update, made together so that they cannot disagree.
+
+    Attributes:
+        per_epoch: steps that make up one pass over the records.
+    """
+
+    per_epoch: int
+
+    @abstractmethod
+    def draw(self, step: int) -> Tensor:
+        """The records [B] int64 of step number `step`; there may be none."""
+
+    @abstractmethod
+    def gradients(self, model: nn.Module, batch: Batch, work: Work) -> PerExample:
+        """Fill `.grad` of every trainable parameter of `model` for this `batch`; its losses [B], detached or not."""
+
+
 class GradientRule(ABC):
-    """Writes an update direction into the parameters' `.grad`; states what that does to a privacy claim.
+    """Makes the plan of a training stage; states what that does to a privacy claim.
 
     Class attributes:
         needs_isolation: refuses objectives whose losses couple records.
@@ -36,22 +69,9 @@ class GradientRule(ABC):
     on_privacy: ClassVar[tuple[Verdict, str]]
 
     @abstractmethod
-    def gradients(self, model: nn.Module, batch: Batch, losses: Callable[[nn.Module, Batch], PerExample]) -> PerExample:
-        """Fill `.grad` of every trainable parameter of `model` from `losses(model, batch)`, and return those."""
+    def plan(self, records: int, batch_size: int, epochs: int, seed: int) -> Plan:
+        """The plan for `epochs` passes over `records` records, `batch_size` a step; `seed` is for public draws.
 
-
-@method(title="Mean gradient", name="mean")
-@dataclass(frozen=True)
-class MeanGradient(GradientRule):
-    """The gradient of the mean loss: ordinary training, no privacy at all."""
-
-    needs_isolation: ClassVar[bool] = False
-    on_privacy: ClassVar[tuple[Verdict, str]] = (
-        Verdict.VOID,
-        "trained with plain gradients on the records: epsilon is infinite",
-    )
-
-    def gradients(self, model: nn.Module, batch: Batch, losses: Callable[[nn.Module, Batch], PerExample]) -> PerExample:
-        found = losses(model, batch)
-        found.per_example.mean().backward()
-        return found
+        Raises:
+            BadValue: settings that cannot work for so many records.
+        """

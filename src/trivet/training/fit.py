@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,16 +21,21 @@ from trivet.methods import method, spec_of
 from trivet.models.modes import device_of, evaluating
 from trivet.models.surrogate import Precision
 from trivet.objectives.objective import Losses, Objective, Progress
-from trivet.privacy.gradient_rule import GradientRule, MeanGradient
+from trivet.privacy.dp_sgd import PrivatePlan
+from trivet.privacy.gradient_rule import GradientRule, PerExample
+from trivet.privacy.mean import MeanGradient
 from trivet.randomness import derive_seed, generator
 from trivet.threats.pgd import PGD, fgsm
 from trivet.training.averaging import MovingAverage
+from trivet.training.independence import require_independence
 from trivet.training.optimizers import Optimizer, Sgd
+from trivet.training.private_stage import PrivateStage
 from trivet.training.schedules import Cosine, Schedule
 from trivet.training.stage import Checkpoint, Context, Stage
 
 _LOG_EVERY = 50  # steps between log lines: enough for a curve, too few to slow a step down
 _SAVE_EVERY = 30.0  # seconds between saved states, when `save_every` is not set: what a kill may cost
+_SAVE_PRIVATE_EVERY = 5.0  # the same where steps cannot be taken again, because their privacy is spent
 
 
 @method(title="Training")
@@ -87,6 +93,16 @@ class Fit(Stage):
             f"{type(self.objective).__name__} couples the records of a batch, so {type(self.rule).__name__} cannot "
             "bound what one record contributes; choose an objective whose losses are per record.",
         )
+        require(
+            self.objective.replays == 1 or not self.rule.needs_isolation,
+            f"{type(self.objective).__name__} steps {self.objective.replays} times on one batch, which "
+            f"{type(self.rule).__name__} would have to pay for each time; choose pgd_at or fast_at.",
+        )
+        require(
+            not self.holdout or not self.rule.needs_isolation,
+            f"holdout={self.holdout} would publish exact accuracies of private records; leave it out and judge the "
+            "model on the test records.",
+        )
 
     def effect(self) -> Effect:
         changed = (Verdict.VOID, "the weights were trained further")
@@ -97,6 +113,8 @@ class Fit(Stage):
         loop = _Loop(self, checkpoint.model.to(context.device), context)
         with torch.random.fork_rng(devices=[]):  # layers draw from the global stream
             loop.run()
+        if loop.private is not None:
+            loop.result["privacy"] = loop.private.record(checkpoint.history)
         record = {
             "stage": "fit",
             "settings": spec_of(self),
@@ -106,7 +124,10 @@ class Fit(Stage):
             **loop.result,
         }
         context.files.clear_state()
-        return replace(checkpoint, model=loop.model, history=[*checkpoint.history, record])
+        after = replace(checkpoint, model=loop.model, history=[*checkpoint.history, record])
+        if loop.private is not None:
+            after.ledger.add(*loop.private.claims(after))
+        return after
 
 
 class _Loop:
@@ -117,7 +138,8 @@ class _Loop:
         self.seed = derive_seed(context.seed, "fit", context.files.number)
         self.train, self.held = self._split(context.splits.train)
         self.digest = self.train.digest()
-        self.per_epoch = -(-len(self.train) // fit.batch_size)
+        self.plan = fit.rule.plan(len(self.train), fit.batch_size, fit.epochs, self.seed)
+        self.per_epoch = self.plan.per_epoch
         self.replays = fit.objective.replays
         self.steps = fit.epochs * self.per_epoch * self.replays
         if fit.channels_last:
@@ -127,6 +149,12 @@ class _Loop:
         self.average = MovingAverage(model, fit.average) if fit.average else None
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.result: dict[str, Any] = {}
+        self.private: PrivateStage | None = None
+        if isinstance(self.plan, PrivatePlan):
+            require_independence(model, fit.objective, self.train)
+            self.private = PrivateStage(self.plan, self.train, self.digest, context.files, self.steps)
+            if self.plan.secret:  # who knew the objective's draws could subtract the other records
+                self.seed = secrets.randbits(63)
 
     def _split(self, train: Dataset) -> tuple[Dataset, Dataset | None]:
         if not self.fit.holdout:
@@ -160,14 +188,11 @@ class _Loop:
 
     def _epoch(self, step: int) -> Iterator[Batch]:
         """The batches of the epoch that `step` lies in, from that step on."""
-        epoch, done = divmod(step // self.replays, self.per_epoch)
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "order", epoch))
-        for number, index in enumerate(order.split(self.fit.batch_size)):
-            if number < done:
-                continue
-            batch = self.train.batch(index)
-            inputs, augmenting = batch.inputs, generator(self.seed, "augment", epoch, number)
-            for augmentation in self.fit.augment:
+        first = step // self.replays
+        for number in range(first, (first // self.per_epoch + 1) * self.per_epoch):
+            batch = self.train.batch(self.plan.draw(number))
+            inputs, augmenting = batch.inputs, generator(self.seed, "augment", *divmod(number, self.per_epoch))
+            for augmentation in self.fit.augment if len(batch) else ():
                 inputs = augmentation(inputs, augmenting)
             if self.fit.channels_last:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -192,14 +217,11 @@ class _Loop:
         torch.manual_seed(derive_seed(self.seed, "layers", step))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-
-        def losses(model: nn.Module, part: Batch) -> Losses:
-            with self._autocast():
-                found = fit.objective(model, part, progress)
-            return found._replace(per_example=found.per_example.float())
-
-        found = fit.rule.gradients(self.model, batch, losses)
-        if not bool(found.per_example.detach().isfinite().all()):
+        if self.private is not None:
+            self.private.reserve()
+        found = self.plan.gradients(self.model, batch, _Moment(self, progress, rate))
+        # A private run must not stop because of one record: its gradient counts as zero, and nobody hears of it.
+        if self.private is None and not bool(found.per_example.detach().isfinite().all()):
             raise TrivetError(
                 f"the loss is not finite at step {step} of {self.context.files.name}; lower the learning rate "
                 f"(now {rate:.3g}), set max_grad_norm, or check the images for outliers. The last saved state is kept."
@@ -211,19 +233,16 @@ class _Loop:
             self.average.update(self.model, step)
         return Losses(found.per_example, found.log)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.fit.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.context.device.type, torch.bfloat16)
-
     def _log(self, losses: Losses, step: int) -> str:
-        numbers = {"loss": float(losses.per_example.detach().mean())}
-        numbers |= {name: float(value.detach().float().mean()) for name, value in losses.log.items()}
+        numbers: dict[str, float] = {}
+        if self.private is None or self.private.diagnostics:
+            numbers = {"loss": float(losses.per_example.detach().mean()) if len(losses.per_example) else 0.0}
+            numbers |= {name: float(value.detach().float().mean()) for name, value in losses.log.items()}
         lr = self.optimizer.param_groups[0]["lr"]
         self.context.files.log(
             {"step": step, "epoch": round(step / (self.per_epoch * self.replays), 4), "lr": lr, **numbers}
         )
-        return f"loss {numbers['loss']:.3f}"
+        return f"loss {numbers['loss']:.3f}" if numbers else ""
 
     def _judge(self, step: int) -> None:
         """Measure the epoch's end on the held-out records, if there are any, and remember the best weights if asked."""
@@ -254,7 +273,7 @@ class _Loop:
 
     def _save_is_due(self, step: int) -> bool:
         if self.fit.save_every is None:
-            return time.monotonic() - self.saved > _SAVE_EVERY
+            return time.monotonic() - self.saved > (_SAVE_EVERY if self.private is None else _SAVE_PRIVATE_EVERY)
         return step % self.fit.save_every < self.replays
 
     def _save(self, step: int) -> None:
@@ -281,7 +300,7 @@ class _Loop:
         if saved is None:
             self.fit.objective.load_state({})
             self.context.files.rewind_log(0)
-            return 0
+            return 0 if self.private is None else self.private.resume(0)
         tensors, metadata = saved
         if metadata["data"] != self.digest:
             raise TrivetError(
@@ -302,7 +321,30 @@ class _Loop:
         self.result = metadata["result"]
         step: int = metadata["step"]
         self.context.files.rewind_log(step)
-        return step
+        return step if self.private is None else self.private.resume(step)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """The objective's two acts at one moment of a loop: what a gradient rule works with."""
+
+    loop: _Loop
+    progress: Progress
+    rate: float
+
+    def perturb(self, model: nn.Module, batch: Batch, part: int = 0) -> Tensor:
+        with self._autocast():
+            return self.loop.fit.objective.perturb(model, batch, replace(self.progress, part=part))
+
+    def losses(self, model: nn.Module, batch: Batch, perturbed: Tensor, part: int = 0) -> PerExample:
+        with self._autocast():
+            found = self.loop.fit.objective.losses(model, batch, perturbed, replace(self.progress, part=part))
+        return found._replace(per_example=found.per_example.float())
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.progress.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.loop.context.device.type, torch.bfloat16)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 recipe.yaml          the recipe with every override applied
 run.json             status, seed, versions, hardware and command of each session that worked on it
+identity             what the run is called in the budget of its records, if it is private
 log.jsonl            one line of JSON per logged step
 stages/00-fit.safetensors     the checkpoint after each finished stage
 stages/00-fit.state           the present state inside an unfinished stage
@@ -13,6 +14,7 @@ audit.json, examples.safetensors, certificates.json, report.html    added by lat
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,14 @@ class RunFolder:
         if not folder.recipe.is_file():
             raise TrivetError(f"{path} is not a run folder (it has no recipe.yaml); `trivet train` makes one.")
         return folder
+
+    @property
+    def identity(self) -> str:
+        """The run's own name for itself, which it keeps when the folder is moved; drawn when first asked for."""
+        path = self.path / "identity"
+        if not path.exists():
+            write_text(path, f"{uuid.uuid4().hex}\n")
+        return path.read_text().strip()
 
     @property
     def recipe(self) -> Path:

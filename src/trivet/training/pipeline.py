@@ -41,8 +41,9 @@ def run_stages(
             return replace(checkpoint, ledger=Ledger.load(folder.claims))
         folder.record("running", seed, machine.describe())
         for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
+            checkpoint.ledger.apply(name, stage.effect())  # before it runs: what it claims itself is not to be voided
             checkpoint = stage.run(checkpoint, Context(splits, seed, each, device))
-            checkpoint.ledger.apply(name, stage.effect())
+            checkpoint.ledger.rebind("privacy", checkpoint.artefact)
             _save(each, checkpoint)
             each.clear_state()
         save_tensors(folder.weights, checkpoint.model.state_dict(), {"history": checkpoint.history})

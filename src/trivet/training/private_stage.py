@@ -1,0 +1,152 @@
+"""The accounts of a private training stage: budget written down before it is spent, and the claim at the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from trivet.claims import PrivacyClaim
+from trivet.data.dataset import Dataset
+from trivet.methods import spec_of
+from trivet.privacy.budget import Spender, Spending, spendings, totals
+from trivet.privacy.dp_sgd import PrivatePlan
+from trivet.privacy.mechanism import Event
+from trivet.training.folder import StageFiles
+from trivet.training.stage import Checkpoint
+
+NOT_PRIVATE = "reproducible, not private"
+_NEIGHBOURS = {
+    "add_remove": "added or removed",
+    "replace": "exchanged for another",
+    "zero_out": "replaced by one that contributes nothing",
+}
+
+
+class PrivateStage:
+    """One stage's spending on `train`, whose SHA-256 is `digest`, over at most `steps` steps."""
+
+    def __init__(self, plan: PrivatePlan, train: Dataset, digest: str, files: StageFiles, steps: int) -> None:
+        self.plan, self.files, self.planned = plan, files, steps
+        self.digest, self.records = digest, len(train)
+        self.diagnostics = plan.rule.diagnostics
+        self.event, self.delta = plan.mechanism.event, plan.rule.delta
+        self.spender: Spender | None = None
+        if plan.secret:
+            run = files.run
+            spending = Spending(
+                digest, train.name, len(train), run.identity, files.name, str(run.path.resolve()), self.event, 0
+            )
+            self.spender = Spender(spending, steps)
+        else:
+            print(f"{files.name}: noise_seed is set, so this run is {NOT_PRIVATE}.", file=sys.stderr)
+
+    def resume(self, step: int) -> int:
+        """The step to go on from, having saved the state of `step`: what was spent after it cannot be spent again."""
+        if self.spender is None:
+            return step
+        self.spender.at_least(step)
+        spent = min(self.spender.steps, self.planned)
+        if spent > step:
+            print(
+                f"{self.files.name}: {spent - step} steps were paid for and lost when the run was stopped; it goes on "
+                f"from step {spent}, so that no more than the planned privacy is spent.",
+                file=sys.stderr,
+            )
+        return spent
+
+    def reserve(self) -> None:
+        """Return once the next step is durably written down as spent."""
+        if self.spender is not None:
+            self.spender.reserve()
+
+    def record(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the stage leaves in the checkpoint's history: enough to compute its epsilon again."""
+        unprotected = [each["stage"] for each in history if "data" in each and "privacy" not in each]
+        standing = NOT_PRIVATE if self.spender is None else "private"
+        if unprotected or any(each.get("privacy", {}).get("standing", "private") != "private" for each in history):
+            standing = "not private: an earlier stage trained on the records without protection"
+        spent = self.planned if self.spender is None else self.spender.steps
+        return {"event": asdict(self.event), "steps": spent, "delta": self.delta, "standing": standing}
+
+    def claims(self, checkpoint: Checkpoint) -> list[PrivacyClaim]:
+        """The claim about the trained weights, all private stages together; none where there is no privacy."""
+        stages = [each["privacy"] for each in checkpoint.history if "privacy" in each]
+        if any(each["standing"] != "private" for each in stages):
+            return []
+        spent = [(Event(**each["event"]), each["steps"]) for each in stages]
+        from trivet.privacy.accounting import account
+
+        found = account(spent, self.delta)
+        if not math.isfinite(found.epsilon):
+            return []
+        return [self._claim(found, stages, checkpoint)]
+
+    def _claim(self, found: Any, stages: list[dict[str, Any]], checkpoint: Checkpoint) -> PrivacyClaim:
+        adjacency = self.event.adjacency
+        return PrivacyClaim(
+            statement=f"({rounded_up(found.epsilon)}, {self.delta:g})-differentially private for each of the "
+            f"{self.records:,} training records, {_NEIGHBOURS[adjacency]}.",
+            value=found.epsilon,
+            unit="epsilon",
+            obtained={
+                "name": "dp_sgd",
+                "stages": stages,
+                "accountant": found.accountant,
+                "grid": found.grid,
+                "lower": found.lower,
+                "rdp": found.rdp,
+                "rule": spec_of(self.plan.rule),
+                "expected_batch": self.plan.mechanism.expected,
+                "noise_multiplier": self.plan.mechanism.noise_multiplier,
+            },
+            recheck=f"trivet privacy {self.files.run.path}",
+            artefact=checkpoint.artefact,
+            conditions=tuple(self._conditions(found)),
+            made_by=self.files.name,
+            delta=self.delta,
+            adjacency=adjacency,
+        )
+
+    def _conditions(self, found: Any) -> list[str]:
+        said = [
+            "covers the weights and every checkpoint of this run; no loss coupled records, as probed beforehand",
+            "noise and samples come from a generator seeded by the operating system and stored nowhere; it is not a "
+            "cryptographic one",
+        ]
+        if self.event.noise == "gaussian":
+            said.append("noise is sampled in floating point, whose last bits may betray more than the mathematics does")
+        if self.event.sampler == "shuffled":
+            said.append("batches were shuffled, not Poisson samples: accounted without amplification")
+        if self.diagnostics:
+            said.append("diagnostics not private: the training log holds exact losses, keep it with the records")
+        if self.delta > 0.1 / self.records:
+            said.append(f"delta is above a tenth of 1 / {self.records}, more than is customary")
+        if found.epsilon > 10:
+            said.append("an epsilon above 10 promises little: a record may be e^10 times as likely given the model")
+        return said + self._elsewhere()
+
+    def _elsewhere(self) -> list[str]:
+        """What other runs spent on the same records: choosing among models by their quality spends it all."""
+        everything = spendings(self.digest)
+        others = {each.run for each in everything} - {self.files.run.identity}
+        if not others:
+            return []
+        from trivet.privacy.accounting import account
+
+        together = account(list(totals(everything)), self.delta, refine=False)
+        count = f"{len(others)} other run{'s' * (len(others) > 1)}"
+        return [
+            f"{count} used the same records; if their models or results are published or guided this one, all "
+            f"together spend epsilon {rounded_up(together.epsilon)}"
+        ]
+
+
+def rounded_up(epsilon: float) -> str:
+    """`epsilon` with three digits, never less than it is."""
+    if not math.isfinite(epsilon) or epsilon <= 0:
+        return f"{epsilon:g}"
+    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
+    return f"{math.ceil(epsilon / unit - 1e-9) * unit:.3g}"
