@@ -104,7 +104,7 @@ class Smoothing(Certifier):
         Raises:
             BadValue: inputs outside [0, 1], or a model whose answer for one input depends on the rest of the batch.
         """
-        index = _positions(x, index)
+        index = positions(x, index)
         votes, note = self._votes(model, x, (("select", self.n0), ("estimate", self.n)), seed, index, advance)
         labels = votes[:, 0, :-1].argmax(1)
         counts = votes[:, 1].gather(1, labels[:, None]).squeeze(1)
@@ -123,7 +123,7 @@ class Smoothing(Certifier):
         from scipy.stats import binomtest
 
         require(n >= 1, f"n={n} must be at least 1.")
-        votes, _ = self._votes(model, x, (("predict", n),), seed, _positions(x, index), None)
+        votes, _ = self._votes(model, x, (("predict", n),), seed, positions(x, index), None)
         labels = []
         for row in votes[:, 0]:
             (first, second), classes = (top.tolist() for top in row.topk(2))
@@ -180,7 +180,7 @@ class Smoothing(Certifier):
             return torch.zeros(0, len(stages), 2, dtype=torch.int64), ""
         with evaluating(model):
             frozen = surrogate(model, self.precision)
-            classes = _require_separate_rows(frozen, x)
+            classes = require_separate_rows(frozen, x)
             clean = x.float().movedim(1, -1).contiguous()  # channels last, so that noise fills memory in order
             capacity = self.batch_size * math.ceil(_BLOCK / self.batch_size)
             batch = clean.new_zeros(capacity, *clean.shape[1:])
@@ -230,7 +230,7 @@ class Smoothing(Certifier):
         )
 
 
-def _positions(x: Tensor, index: Tensor | None) -> Tensor:
+def positions(x: Tensor, index: Tensor | None) -> Tensor:
     """The checked positions [N] of `x` in its dataset."""
     require(x.ndim >= 2, f"inputs must be a batch [N, ...], got {tuple(x.shape)}.")
     require_unit_range(x)
@@ -249,7 +249,7 @@ def _blocks(stages: Sequence[tuple[str, int]], seed: int, index: Tensor, device:
                 yield _Block(image, image * len(stages) + stage, min(_BLOCK, n - start), source)
 
 
-def _require_separate_rows(f: Logits, x: Tensor) -> int:
+def require_separate_rows(f: Logits, x: Tensor) -> int:
     """The number of classes; refuses models that couple the rows of a batch, whose votes are not independent."""
     first = x[:1].float()
     pairs = [torch.cat([first, torch.full_like(first, value)]) for value in (0.0, 0.0, 1.0)]
