@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mnist_cnn": {},
     "trades_cnn": {},
     "lenet": {},
+    "tanh_cnn": {},
     "resnet": {"depth": 8},
     "preact_resnet18": {},
     "wide_resnet": {"depth": 10, "widen_factor": 1},

@@ -20,6 +20,16 @@ EPS = 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
     "awp": {"objective": {"name": "trades", "steps": 3}},
     "gaussian": {"sigma": 0.25, "samples": 2},
+    "stability": {"sigma": 0.25},
+    "smooth_adv": {"sigma": 0.25, "samples": 2, "steps": 2},
+    "macer": {"sigma": 0.25, "samples": 4, "defer": 0.0},
+    "consistency": {"sigma": 0.25},
+    "dp_cert": {"sigma": 0.25},
+    "augmentation_multiplicity": {
+        "augment": [{"name": "random_crop", "padding": 1}],
+        "objective": {"name": "trades", "steps": 2},
+        "copies": 2,
+    },
 }
 NAMES = [found.name for found in methods("objectives")]
 INSIDE_THREAT = ["alp", "awp", "fast_at", "free_at", "mart", "pgd_at", "trades"]
