@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trivet import display, machine
-from trivet.audit import certificates, consistency, gradients, masking, probes
+from trivet.audit import certificates, consistency, diagnosis, gradients, masking, probes
 from trivet.audit.findings import (
     AttackFinding,
     CertificateFinding,
@@ -19,6 +19,7 @@ from trivet.audit.findings import (
     Curve,
     CurvePoint,
     Data,
+    DiagnosisFinding,
     Findings,
     LatencyFinding,
 )
@@ -61,6 +62,8 @@ class Audit:
         certificate_points: on how many of the records; None for all.
         certified_radii: where certified accuracy is stated, the headline first; none given means the threat's radius
             if the certificate is about the same geometry, else 0.25, 0.5 and 1.
+        diagnosis: at how many of the certified records slope, curvature and Lipschitz constant are set against the
+            radii; 0 for none. Costs far less than the certificates.
         latency: batch sizes to time.
         confidence: of every interval.
         batch_size: records attacked at once.
@@ -76,6 +79,7 @@ class Audit:
     certificate: Certifier | None = None
     certificate_points: int | None = 500
     certified_radii: tuple[float, ...] = ()
+    diagnosis: int = 100
     latency: tuple[int, ...] = (1, 128)
     confidence: float = 0.95
     batch_size: int = 256
@@ -86,7 +90,8 @@ class Audit:
         for name in ("curve_points", "certificate_points", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} must be at least 1.")
-        require(self.examples >= 0, f"examples={self.examples} must not be negative.")
+        for name in ("diagnosis", "examples"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(0 < self.confidence < 1, f"confidence={self.confidence} must lie strictly between 0 and 1.")
         require(all(size >= 1 for size in self.latency), f"latency={list(self.latency)} must be batch sizes.")
         for name in ("curve", "certified_radii"):
@@ -138,7 +143,7 @@ class Audit:
         attacks = self._attack(sweep, seen)
         curve, found = self._probe(sweep, first, seen, attacks)
         checks += found + consistency.of_attacks(sweep.right, sweep.standing, seen.randomised)
-        proved, found = self._certify(sweep)
+        proved, diagnosed, found = self._certify(sweep, seen)
         worst = sweep.worst
         return Findings(
             name=name,
@@ -158,6 +163,7 @@ class Audit:
             worst_by_class=() if worst is None else sweep.by_class(worst),
             curve=curve,
             certificate=proved,
+            diagnosis=diagnosed,
             checks=tuple(checks + found),
             cost=cost,
         ), sweep.examples()
@@ -217,15 +223,35 @@ class Audit:
         names = tuple(f"PGD-{probes.STEPS} ({loss})" for loss in ("ce", "margin"))
         return Curve(attacks=names, points=tuple(points))
 
-    def _certify(self, sweep: Sweep) -> tuple[CertificateFinding | None, list[Check]]:
+    def _certify(
+        self, sweep: Sweep, seen: Behaviour
+    ) -> tuple[CertificateFinding | None, DiagnosisFinding | None, list[Check]]:
         if self.certificate is None:
-            return None, []
+            return None, None, []
         part = sweep.data.select(slice(0, self.certificate_points))
         obtained, seconds = certificates.certify(self.certificate, sweep.model, part, seed=sweep.seed)
         radii = self.certified_radii or self._radii(obtained)
         report = certificates.finding(self.certificate, obtained, part.labels, radii, seconds, self.confidence)
         near, said = sweep.distance[: len(part)], sweep.predicted[: len(part)]
-        return report, consistency.of_certificates(obtained, part.labels, said, near)
+        diagnosed = self._diagnose(sweep, obtained) if seen.differentiable and not seen.randomised else None
+        return report, diagnosed, consistency.of_certificates(obtained, part.labels, said, near)
+
+    def _diagnose(self, sweep: Sweep, obtained: Certificates) -> DiagnosisFinding | None:
+        first = obtained.first(self.diagnosis)
+        if not len(first):
+            return None
+        batch = sweep.data.batch(first.index).to(sweep.device)
+        began = time.perf_counter()
+        with display.progress("diagnosis", len(first)) as advance:
+            measured = diagnosis.diagnose(
+                sweep.model,
+                batch.inputs,
+                batch.labels,
+                seed=sweep.seed,
+                batch_size=self.batch_size,
+                advance=advance,
+            )
+        return diagnosis.finding(measured, first, sweep.data.labels[first.index], time.perf_counter() - began)
 
     def _radii(self, obtained: Certificates) -> tuple[float, ...]:
         return (self.threat.eps,) if obtained.norm == self.threat.norm else (0.25, 0.5, 1.0)

@@ -116,6 +116,28 @@ class CertificateFinding(_Record):
     seconds: float
 
 
+class DiagnosisFinding(_Record):
+    """Slope, curvature and stretch of the network at the first certified records, beside how far they are certified.
+
+    One number for each record, in order; `trivet.audit.diagnosis` says what they are.
+
+    Attributes:
+        radius: certified with the right label; 0 where there is no certificate, or one of another label. In `norm`.
+        curvature: None where the model cannot be differentiated twice.
+        rank_correlation: Spearman's, of each measure with `radius`; None where one of both is constant.
+        left_out: records at which a measure was not finite; they are in no list.
+    """
+
+    norm: str
+    radius: tuple[float, ...]
+    gradient: tuple[float, ...]
+    curvature: tuple[float, ...] | None
+    lipschitz: tuple[float, ...]
+    rank_correlation: dict[str, float | None]
+    left_out: int
+    seconds: float
+
+
 class Check(_Record):
     """One named test of whether the other numbers can be believed.
 
@@ -193,6 +215,7 @@ class Findings(_Record):
     worst_by_class: tuple[Counted, ...]
     curve: Curve | None
     certificate: CertificateFinding | None
+    diagnosis: DiagnosisFinding | None = None
     checks: tuple[Check, ...]
     cost: CostFinding
 
