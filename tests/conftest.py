@@ -21,6 +21,14 @@ def _restored_global_state() -> Iterator[None]:
     torch.set_rng_state(state)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_budget(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests spend is spent on nobody's records."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIVET_BUDGET", str(tmp_path_factory.mktemp("budget")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with MNIST and CIFAR-10: TRIVET_DATA, else ../shared/data beside the checkout."""
