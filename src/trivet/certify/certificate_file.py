@@ -143,7 +143,13 @@ def _certificates(path: Path, content: _Content) -> Certificates:
             content.norm,
             content.alpha,
             content.conditions,
-            {name: torch.tensor([point.evidence[name] for point in points]) for name in names},
+            {name: _column([point.evidence[name] for point in points]) for name in names},
         )
     except (BadValue, KeyError) as error:
         raise TrivetError(f"{path} holds no valid certificates: {error}") from None
+
+
+def _column(values: list[int | float]) -> Tensor:
+    """[N] int64 where all are counts, else float64: radii must follow from the numbers themselves, not from float32."""
+    exact = all(isinstance(value, int) for value in values)
+    return torch.tensor(values, dtype=torch.int64 if exact else torch.float64)
