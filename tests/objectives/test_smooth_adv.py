@@ -125,6 +125,17 @@ def test_without_a_gradient_it_goes_in_random_directions_of_its_own_for_each_rec
     assert cosines.abs().max() < 0.95  # 32 dimensions: false alarm below 1e-9
 
 
+def test_a_record_without_a_gradient_moves_among_records_that_have_one(progress) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, 4), nn.ReLU())
+    with torch.no_grad():
+        net[1].weight.copy_(torch.linspace(0.5, 1.5, 128).view(4, 32))
+        net[1].bias.fill_(-18.0)  # all units are off on dark images, and all on for bright ones
+    batch = Batch(torch.tensor([0.3, 0.9]).view(2, 1, 1, 1).expand(2, 2, 4, 4), torch.tensor([0, 1]), torch.arange(2))
+    objective = SmoothAdv(L2(0.2), steps=1, sigma=0.0, samples=1, eps_ramp=0.0)
+    delta = (objective.perturb(net, batch, progress)[:, 0] - batch.inputs).flatten(1)
+    torch.testing.assert_close(delta.norm(dim=1), torch.tensor([0.2, 0.2]), rtol=1e-4, atol=0)
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(BadValue, match="sigma=-1"):
         SmoothAdv(L2(0.1), sigma=-1)
