@@ -76,12 +76,12 @@ class NoisyNetwork(nn.Module):
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        return torch.randn_like(like)
+    if generator is None:  # contiguous: a channels-last image must not draw other numbers
+        return torch.randn_like(like, memory_format=torch.contiguous_format)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
-        return torch.rand_like(like)
+        return torch.rand_like(like, memory_format=torch.contiguous_format)
     return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
