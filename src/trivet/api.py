@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,10 +28,15 @@ from trivet.errors import TrivetError, require
 from trivet.files import load_tensors, save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
 from trivet.models.foreign.load import load_model
+from trivet.privacy.accounting import account
+from trivet.privacy.budget import grouped, spendings
+from trivet.privacy.dp_sgd import customary_delta
+from trivet.privacy.mechanism import Event
 from trivet.recipes.plan import Plan, plan
 from trivet.recipes.recipe import Source, load, shipped
 from trivet.training.folder import RunFolder
 from trivet.training.pipeline import load_weights, run_stages
+from trivet.training.private_stage import in_all, rounded_up
 
 
 @dataclass(frozen=True)
@@ -364,6 +370,58 @@ def _unfinished(path: Path, artefact: str, certifier: Certifier, seed: int) -> l
     earlier = CertificateFile.load(path)
     same = (earlier.artefact, earlier.certifier, earlier.seed) == (artefact, certifier, seed)
     return [earlier.certificates] if same else []
+
+
+def epsilon_of(run: str | Path) -> list[dict[str, Any]]:
+    """A private run's account, computed again from the steps its stages spent; one row, none if it was not private.
+
+    Raises:
+        TrivetError: the run has not finished, or was not private, with the reason.
+    """
+    folder = RunFolder.open(Path(run))
+    if not folder.weights.exists():
+        raise TrivetError(f"{run} has not finished; `trivet train {run} --resume` goes on with it.")
+    stages = [each["privacy"] for each in load_tensors(folder.weights)[1]["history"] if "privacy" in each]
+    if not stages:
+        raise TrivetError(f"{run} was not trained privately; a fit stage is with rule: {{name: dp_sgd, ...}}.")
+    for stage in stages:
+        if stage["standing"] != "private":
+            raise TrivetError(f"{run} has no epsilon; it is {stage['standing']}.")
+    delta = stages[-1]["delta"]
+    found = account([(Event(**stage["event"]), stage["steps"]) for stage in stages], delta)
+    return [
+        {
+            "run": str(run),
+            "epsilon": rounded_up(found.epsilon),
+            "delta": delta,
+            "at least": f"{found.lower:.4g}",
+            "by Renyi": f"{found.rdp:.4g}",
+            "steps": sum(stage["steps"] for stage in stages),
+            "noise multiplier": " ".join(f"{stage['event']['noise_multiplier']:.4g}" for stage in stages),
+            "accountant": found.accountant,
+        }
+    ]
+
+
+def budgets() -> list[dict[str, Any]]:
+    """What every data set has been spent on: one row each, with the epsilon of all its runs together.
+
+    It is stated at the largest power of ten at or under a tenth of one over the records; an upper bound.
+    """
+    rows = []
+    for data, spent in grouped(spendings()).items():
+        delta = customary_delta(spent[0].records)
+        rows.append(
+            {
+                "data": spent[0].name,
+                "records": spent[0].records,
+                "digest": data[:16],
+                "runs": len({each.run for each in spent}),
+                "epsilon": rounded_up(in_all(spent, delta)),
+                "delta": delta,
+            }
+        )
+    return rows
 
 
 def compare_runs(runs: Sequence[str | Path], *, trust_code: bool = False) -> list[Subject]:

@@ -240,6 +240,21 @@ def certify(
 
 
 @app.command()
+def privacy(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run folder; all data sets if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compute a run's epsilon again from what it spent, or list what all runs have spent on each data set."""
+    from trivet import api
+
+    rows = api.budgets() if run is None else api.epsilon_of(run)
+    if rows or as_json:
+        _show(rows, as_json)
+    else:
+        print("no private run has spent anything yet; `trivet recipes` lists some, such as digits-dp-sgd.")
+
+
+@app.command()
 def compare(runs: RunsArgument, trust_code: Trust = False, as_json: Json = False) -> None:
     """Put audited runs side by side."""
     from trivet import api

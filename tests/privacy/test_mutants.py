@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from trivet.privacy.engines import engine_for
 
 from trivet.data.dataset import Batch, Dataset
 from trivet.errors import TrivetError
@@ -18,6 +17,7 @@ from trivet.objectives.objective import Losses, Objective, Progress
 from trivet.objectives.plain import Plain
 from trivet.privacy.dp_sgd import DpSgd, PrivatePlan
 from trivet.privacy.engine import ClippedSum, Engine
+from trivet.privacy.engines import engine_for
 from trivet.privacy.mechanism import Mechanism, Poisson, Sampler, Shuffled
 from trivet.training.independence import require_independence
 
@@ -139,7 +139,10 @@ class ClipsTheMean(Engine):
     def refusal(self, model: nn.Module) -> str | None:
         return None
 
-    def clipped_sum(self, model: nn.Module, batch: Batch, perturbed: Tensor, losses: Any, factors: Any) -> ClippedSum:
+    def at_once(self, model: nn.Module) -> int:
+        return 1000
+
+    def part(self, model: nn.Module, batch: Batch, perturbed: Tensor, losses: Any, factors: Any) -> ClippedSum:
         found = losses(model, batch, perturbed)
         mean = torch.autograd.grad(found.per_example.mean(), list(model.parameters()))
         norm = torch.cat([each.flatten() for each in mean]).norm()
@@ -147,8 +150,8 @@ class ClipsTheMean(Engine):
 
 
 class ClipsNothing(ClipsTheMean):
-    def clipped_sum(self, model: nn.Module, batch: Batch, perturbed: Tensor, losses: Any, factors: Any) -> ClippedSum:
-        return super().clipped_sum(model, batch, perturbed, losses, torch.ones_like)
+    def part(self, model: nn.Module, batch: Batch, perturbed: Tensor, losses: Any, factors: Any) -> ClippedSum:
+        return super().part(model, batch, perturbed, losses, torch.ones_like)
 
 
 @pytest.mark.parametrize("clipping", ["flat", "psac"])
@@ -254,8 +257,11 @@ def noise_is_fresh(made: Callable[[], PrivatePlan]) -> None:
     sessions = []
     for _ in range(2):
         torch.manual_seed(0)
-        session, model = made(), linear(16)
-        sessions.append(torch.stack([released(session, torch.zeros(0, 16), model) for _ in range(200)]))
+        session, model, steps = made(), linear(16), []
+        for step in range(200):
+            session.draw(step)
+            steps.append(released(session, torch.zeros(0, 16), model))
+        sessions.append(torch.stack(steps))
     every = torch.cat(sessions)
     assert len({tuple(row.tolist()) for row in every}) == len(every)
     assert abs(float(torch.corrcoef(torch.stack([each.flatten() for each in sessions]))[0, 1])) < 0.1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def spendings(data: str | None = None) -> list[Spending]:
     ]
 
 
-def totals(spent: list[Spending]) -> Iterator[tuple[Event, int]]:
+def totals(spent: Sequence[Spending]) -> Iterator[tuple[Event, int]]:
     """Equal events taken together: what the accountant composes."""
     steps: dict[Event, int] = {}
     for each in spent:
@@ -125,7 +125,7 @@ def totals(spent: list[Spending]) -> Iterator[tuple[Event, int]]:
     yield from steps.items()
 
 
-def grouped(spent: list[Spending]) -> Mapping[str, list[Spending]]:
+def grouped(spent: Sequence[Spending]) -> Mapping[str, list[Spending]]:
     """Spendings by data set."""
     found: dict[str, list[Spending]] = {}
     for each in spent:

@@ -14,7 +14,9 @@ from trivet.claims import Verdict
 from trivet.data.dataset import Batch
 from trivet.errors import require
 from trivet.methods import method
+from trivet.privacy.accounting import noise_for
 from trivet.privacy.engine import Engine
+from trivet.privacy.engines import engine_for
 from trivet.privacy.gradient_rule import GradientRule, PerExample, Plan, Work
 from trivet.privacy.mechanism import Adjacency, Clip, Event, GaussianNoise, Mechanism, Poisson, Sampler, Shuffled
 from trivet.randomness import generator
@@ -96,15 +98,13 @@ class DpSgd(GradientRule):
         require(
             self.delta < 1 / records,
             f"delta={self.delta:g} must be below 1 / {records}: at that size publishing a few whole records would be "
-            f"called private; take {_below(records):.0e}.",
+            f"called private; take {customary_delta(records):.0e}.",
         )
         require(batch_size <= records, f"batch_size={batch_size} must not exceed the {records} records.")
         per_epoch = -(-records // batch_size)
         sampler: Sampler = (
             Poisson(records, batch_size / records) if self.sampling == "poisson" else Shuffled(records, batch_size)
         )
-        from trivet.privacy.accounting import noise_for
-
         noise = GaussianNoise()
         z = self.noise_multiplier or 0.0
         if self.epsilon is not None:
@@ -113,8 +113,8 @@ class DpSgd(GradientRule):
         return PrivatePlan(self, Mechanism(sampler, clip, noise, z, float(batch_size), self.neighbours), per_epoch)
 
 
-def _below(records: int) -> float:
-    """The power of ten at or under a tenth of 1 / records."""
+def customary_delta(records: int) -> float:
+    """The largest power of ten at or under a tenth of 1 / records: 1e-6 for 60,000."""
     return 10.0 ** -(len(str(records - 1)) + 1)
 
 
@@ -151,8 +151,6 @@ class PrivatePlan(Plan):
         parameters = [p for p in model.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         found: list[PerExample] = []
-        from trivet.privacy.engines import engine_for
-
         if self._engine is None:
             self._engine = engine_for(model, self.rule.engine)
         for part, index in enumerate(torch.arange(len(batch)).split(self.rule.physical_batch) if len(batch) else ()):

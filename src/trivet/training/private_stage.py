@@ -11,6 +11,7 @@ from typing import Any
 from trivet.claims import PrivacyClaim
 from trivet.data.dataset import Dataset
 from trivet.methods import spec_of
+from trivet.privacy.accounting import Account, account
 from trivet.privacy.budget import Spender, Spending, spendings, totals
 from trivet.privacy.dp_sgd import PrivatePlan
 from trivet.privacy.mechanism import Event
@@ -77,14 +78,12 @@ class PrivateStage:
         if any(each["standing"] != "private" for each in stages):
             return []
         spent = [(Event(**each["event"]), each["steps"]) for each in stages]
-        from trivet.privacy.accounting import account
-
         found = account(spent, self.delta)
         if not math.isfinite(found.epsilon):
             return []
         return [self._claim(found, stages, checkpoint)]
 
-    def _claim(self, found: Any, stages: list[dict[str, Any]], checkpoint: Checkpoint) -> PrivacyClaim:
+    def _claim(self, found: Account, stages: list[dict[str, Any]], checkpoint: Checkpoint) -> PrivacyClaim:
         adjacency = self.event.adjacency
         return PrivacyClaim(
             statement=f"({rounded_up(found.epsilon)}, {self.delta:g})-differentially private for each of the "
@@ -110,7 +109,7 @@ class PrivateStage:
             adjacency=adjacency,
         )
 
-    def _conditions(self, found: Any) -> list[str]:
+    def _conditions(self, found: Account) -> list[str]:
         said = [
             "covers the weights and every checkpoint of this run; no loss coupled records, as probed beforehand",
             "noise and samples come from a generator seeded by the operating system and stored nowhere; it is not a "
@@ -134,14 +133,25 @@ class PrivateStage:
         others = {each.run for each in everything} - {self.files.run.identity}
         if not others:
             return []
-        from trivet.privacy.accounting import account
-
-        together = account(list(totals(everything)), self.delta, refine=False)
+        together = in_all(everything, self.delta)
         count = f"{len(others)} other run{'s' * (len(others) > 1)}"
         return [
             f"{count} used the same records; if their models or results are published or guided this one, all "
-            f"together spend epsilon {rounded_up(together.epsilon)}"
+            f"together spend epsilon {rounded_up(together)}"
         ]
+
+
+def in_all(spent: Sequence[Spending], delta: float) -> float:
+    """The epsilon that all of `spent` costs together at `delta`, an upper bound that is quick to compute.
+
+    Guarantees about different neighbours are accounted apart, each at its share of delta, and their epsilons added.
+    """
+    events = list(totals(spent))
+    kinds = {event.adjacency for event, _ in events}
+    return sum(
+        account([each for each in events if each[0].adjacency == kind], delta / len(kinds), refine=False).epsilon
+        for kind in kinds
+    )
 
 
 def rounded_up(epsilon: float) -> str:
