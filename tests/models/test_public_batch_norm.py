@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, vmap
 
+from trivet.data.dataset import Batch
 from trivet.errors import BadValue, TrivetError
 from trivet.models.bare_norms import bare_norm, public_rows
 from trivet.models.lenet5 import lenet5
@@ -19,6 +20,9 @@ from trivet.models.normalized_mlp import normalized_mlp
 from trivet.models.public_batch_norm import PublicBatchNorm, WithPublicRows
 from trivet.models.surrogate import surrogate
 from trivet.models.weight_noise import NoisyConv2d, NoisyLinear
+from trivet.objectives.objective import Losses
+from trivet.privacy.engines import Name, engine_for
+from trivet.privacy.mechanism import Clip
 
 SHAPE = (1, 12, 12)
 
@@ -75,20 +79,11 @@ def test_training_and_eval_mode_are_one_function() -> None:
     assert torch.equal(model.train()(x), model.eval()(x))
 
 
-def test_hooks_see_the_rows_of_records_and_no_gradient_comes_from_public_rows() -> None:
-    model = small("public_batch")
-    seen: list[int] = []
-    for layer in model.get_submodule("layers"):
-        layer.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
-    x = torch.rand(2, *SHAPE)
+def test_no_gradient_comes_from_public_rows() -> None:
+    """The same rows, normalised by constants of the same values, must have the same gradients."""
+    model, x = small("public_batch"), torch.rand(2, *SHAPE)
     model(x).sum().backward()
-    layers = model.get_submodule("layers")
-    assert set(seen) - {len(model.public)} == {2}
-    norms = sum(isinstance(layer, PublicBatchNorm) for layer in layers)
-    assert len(seen) == len(layers)
-    assert norms == 4
-    # The same rows with statistics that are constants: gradients must be equal.
-    fixed, gradients = copy.deepcopy(model), [p.grad.clone() for p in model.parameters()]
+    fixed = copy.deepcopy(model)
     fixed.zero_grad()
     public, rows = model.public, x
     for layer in fixed.get_submodule("layers"):
@@ -97,12 +92,32 @@ def test_hooks_see_the_rows_of_records_and_no_gradient_comes_from_public_rows() 
             scale = (variance + layer.eps).sqrt()
             rows, public = (rows - mean) / scale, (public - mean) / scale
         else:
-            rows = layer(rows)
-            with torch.no_grad():
-                public = layer(public)
+            rows, public = layer(rows), layer(public).detach()
     rows.sum().backward()
-    for mine, reference in zip(gradients, fixed.parameters(), strict=True):
-        torch.testing.assert_close(mine, reference.grad, rtol=1e-4, atol=1e-5)
+    for mine, reference in zip(model.parameters(), fixed.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "materialised"])
+@pytest.mark.parametrize("norm", ["none", "layer", "group", "public_batch"])
+def test_engines_clip_records_as_if_each_were_alone(engine: Name, norm: str) -> None:
+    model = small(norm).double()
+    batch = Batch(torch.rand(3, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2]), torch.arange(3))
+
+    def losses(model: nn.Module, batch: Batch, perturbed: Tensor) -> Losses:
+        return Losses(F.cross_entropy(model(perturbed), batch.labels, reduction="none"))
+
+    alone = [gradient_of_the_first(model, batch.inputs[i : i + 1], batch.labels[i : i + 1]) for i in range(3)]
+    clip = Clip(float(alone[0].norm()) * 0.9)
+    found = engine_for(model, engine).clipped_sum(model, batch, batch.inputs, losses, clip.factors)
+    expected = sum(g * min(1.0, clip.max_grad_norm / float(g.norm())) for g in alone)
+    torch.testing.assert_close(torch.cat([each.flatten() for each in found.total]), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("engine", ["auto", "book_keeping", "materialised"])
+def test_engines_refuse_mixed_statistics(engine: Name) -> None:
+    with pytest.raises(BadValue, match="normalises records by each other; use public statistics"):
+        engine_for(small("mixed_batch"), engine)
 
 
 def test_per_record_gradients_by_vmap_are_those_of_records_alone() -> None:

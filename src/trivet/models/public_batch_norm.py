@@ -56,8 +56,6 @@ class WithPublicRows(nn.Module):
                 x, public = layer(x, public)
             else:
                 x = layer(x)
-                # `forward`, not the call: hooks that count the rows of records must not see rows that are nobody's.
-                public = layer.forward(public)
-            if not self.mixed:
-                public = public.detach()
+                with torch.set_grad_enabled(self.mixed and torch.is_grad_enabled()):
+                    public = layer(public)
         return x

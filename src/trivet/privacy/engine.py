@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trivet.data.dataset import Batch
 from trivet.errors import BadValue, require
+from trivet.models.public_batch_norm import PublicBatchNorm
 from trivet.privacy.gradient_rule import PerExample
 
 Losses = Callable[[nn.Module, Batch, Tensor], PerExample]
@@ -106,6 +107,8 @@ def coupling(model: nn.Module) -> str | None:
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             return f"{name} ({kind}) mixes the records of a batch; use group normalisation, norm='group'."
+        if isinstance(module, PublicBatchNorm) and module.mixed:
+            return f"{name} ({kind}) normalises records by each other; use public statistics, norm='public_batch'."
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
             return f"{name} ({kind}) averages statistics over records; set track_running_stats=False."
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (
