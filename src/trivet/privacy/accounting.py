@@ -34,6 +34,7 @@ Spent = Iterable[tuple[Event, int]]
 _AGREED = 0.005  # two grids that differ by less, relatively, are fine enough
 _ROUNDING = 1e-13  # what floating-point convolutions of a million points were seen to add to delta
 _LEAST_DELTA = 1e3 * _ROUNDING
+_LEAST_NOISE = 0.01  # on samples; one step with less costs an epsilon of some 5000, which is called infinite
 _PER_STEP = 2**18  # most grid points of the loss of one step ...
 _IN_ALL = 2**20  # ... and of all of them together: about a second
 
@@ -172,12 +173,11 @@ def _merged(spent: Spent) -> _Total:
         adjacencies.add(event.adjacency)
         discrete |= event.noise == "discrete_gaussian"
         z = event.noise_multiplier
-        if z == 0:
+        amplified = event.sampler == "poisson" and event.rate < 1
+        if z < (_LEAST_NOISE if amplified else 1e-100):
             squared = math.inf
-        elif event.sampler == "shuffled":
-            squared += _passes(event.rate, steps) / z**2
-        elif event.rate == 1:
-            squared += steps / z**2
+        elif not amplified:
+            squared += (steps if event.sampler == "poisson" else _passes(event.rate, steps)) / z**2
         else:
             sampled[event.rate, z] = sampled.get((event.rate, z), 0) + steps
     require(
@@ -202,7 +202,7 @@ def _account(total: _Total, delta: float, refine: bool) -> Account:
     if total.empty:
         return Account(0.0, delta, 0.0, 0.0, 0.0, "nothing was spent")
     if math.isinf(total.mu):
-        return Account(math.inf, delta, math.inf, math.inf, 0.0, "no noise, no privacy")
+        return Account(math.inf, delta, 0.0, math.inf, 0.0, "no noise to speak of, no privacy")
     if total.discrete:
         rdp = _renyi(total, delta)
         return Account(rdp, delta, 0.0, rdp, 0.0, "rdp of the discrete Gaussian")
@@ -332,7 +332,7 @@ def _renyi(total: _Total, delta: float) -> float:
     import numpy as np
 
     whole = np.unique(np.concatenate([np.arange(2, 65), np.round(64 * 1.12 ** np.arange(34))]))
-    between = np.concatenate([1 + np.geomspace(1e-3, 1, 60)[:-1], np.arange(2.1, 12, 0.2), np.arange(12.5, 32)])
+    between = np.concatenate([1 + np.geomspace(1e-3, 1, 90)[:-1], np.arange(2.05, 12, 0.05), np.arange(12.5, 32)])
     orders = np.unique(np.concatenate([whole, between]))
     if not total.sampled:
         moments = orders * (orders - 1) * total.mu**2 / 2
@@ -400,7 +400,7 @@ def _bracket(spends: Callable[[float], float], epsilon: float, guess: float) -> 
     low, factor = high / 1.1, 1.1
     while spends(low) <= epsilon:
         high, low, factor = low, low / factor, factor**1.5
-        require(low > 1e-4, f"epsilon={epsilon} is met almost without noise: state noise_multiplier instead.")
+        require(low > _LEAST_NOISE, f"epsilon={epsilon} is met almost without noise: state noise_multiplier instead.")
     return low, high
 
 
