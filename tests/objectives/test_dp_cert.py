@@ -18,11 +18,12 @@ from trivet.objectives.consistency import Consistency
 from trivet.objectives.dp_cert import DpCert
 from trivet.objectives.gaussian import Gaussian
 from trivet.objectives.macer import Macer
-from trivet.objectives.objective import Losses, Progress
+from trivet.objectives.objective import Losses, Objective, Progress
 from trivet.objectives.plain import Plain
 from trivet.objectives.smooth_adv import SmoothAdv
 from trivet.objectives.stability import Stability
 from trivet.objectives.trades import Trades
+from trivet.privacy.dp_sgd import DpSgd
 from trivet.threats.l2 import L2
 
 VARIANTS = ["gaussian", "stability", "macer", "smooth_adv", "consistency"]
@@ -158,6 +159,55 @@ def test_the_mean_of_the_records_gradients_is_the_full_gradient_of_the_mean_augm
     expected = parameters_to_vector(torch.autograd.grad(total, list(mlp.parameters())))
     found = record_gradients(objective, mlp, batch, progress).mean(0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an objective, as the training loop offers it to a gradient rule."""
+
+    objective: Objective
+    progress: Progress
+    rate = 0.1
+
+    def perturb(self, model, batch, part=0):
+        return self.objective.perturb(model, batch, self.progress)
+
+    def losses(self, model, batch, perturbed, part=0):
+        return self.objective.losses(model, batch, perturbed, self.progress)
+
+
+def private_gradient(rule, objective, model, batch, progress):
+    """What a private step on all records hands to the optimizer."""
+    plan = rule.plan(len(batch), len(batch), 1, seed=0)
+    assert plan.draw(0).tolist() == list(range(len(batch)))
+    plan.gradients(model, batch, Step(objective, progress))
+    return parameters_to_vector([parameter.grad for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_private_step_without_noise_or_clipping_is_the_full_gradient(variant, mlp, batch, progress) -> None:
+    objective = DpCert(0.5, variant, radius_ramp=0.1)
+    rule = DpSgd(max_grad_norm=1e9, delta=1e-3, noise_multiplier=0.0, noise_seed=1)
+    found = private_gradient(rule, objective, mlp, batch, progress)
+    expected = record_gradients(objective, mlp, batch, progress).mean(0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_private_step_clips_the_one_gradient_of_a_record_and_not_those_of_its_copies(mlp, batch, progress) -> None:
+    objective = DpCert(0.5, "stability")
+    rule = DpSgd(max_grad_norm=0.1, delta=1e-3, noise_multiplier=0.0, noise_seed=1)
+    each = record_gradients(objective, mlp, batch, progress)
+    expected = (each * (0.1 / each.norm(dim=1, keepdim=True)).clamp(max=1.0)).mean(0)
+    assert (each.norm(dim=1) > 0.1).all()
+    torch.testing.assert_close(private_gradient(rule, objective, mlp, batch, progress), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_without_copies_a_private_step_is_that_of_dp_sgd_to_the_last_bit(mlp, batch, progress) -> None:
+    rule = DpSgd(max_grad_norm=0.1, delta=1e-3, noise_multiplier=1.0, noise_seed=1)
+    ours, plain = (
+        private_gradient(rule, objective, mlp, batch, progress) for objective in (DpCert(0.5, copies=0), Plain())
+    )
+    assert torch.equal(ours, plain)
 
 
 def penalties(objective, model, batch, progress):
