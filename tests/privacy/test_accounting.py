@@ -59,8 +59,13 @@ def test_many_tiny_steps_are_refined_until_it_is_right() -> None:
 
 @pytest.mark.parametrize(
     ("z", "amplified", "shuffled_at_least", "not_amplified"),
-    [(0.4, 8.63, 14.45, 14.45), (0.5, 4.24, 11.00, 11.00), (0.7, 0.98, 7.31, 7.37), (1, 0.19, 3.72, 4.89)]
-    + [(2, 0.06, 0.11, 2.25)],
+    [
+        (0.4, 8.63, 14.45, 14.45),
+        (0.5, 4.24, 11.00, 11.00),
+        (0.7, 0.98, 7.31, 7.37),
+        (1, 0.19, 3.72, 4.89),
+        (2, 0.06, 0.11, 2.25),
+    ],
 )
 def test_shuffling_is_not_sampling(z, amplified, shuffled_at_least, not_amplified) -> None:
     """One pass of 1000 steps at delta 1e-6: what shuffling leaks at least lies far above the account of sampling."""
@@ -231,8 +236,14 @@ def test_delta_and_epsilon_are_inverse() -> None:
 @pytest.mark.parametrize("target", [0.2, 5.0])
 @pytest.mark.parametrize(
     ("event", "steps"),
-    [(poisson(1, 0.05), 100), (poisson(1, 0.3), 20), (poisson(1, 1), 30), (shuffled(1, 10), 25)]
-    + [(shuffled(1, 10, "replace"), 10), (poisson(1, 0.01, "discrete_gaussian"), 300)],
+    [
+        (poisson(1, 0.05), 100),
+        (poisson(1, 0.3), 20),
+        (poisson(1, 1), 30),
+        (shuffled(1, 10), 25),
+        (shuffled(1, 10, "replace"), 10),
+        (poisson(1, 0.01, "discrete_gaussian"), 300),
+    ],
 )
 def test_calibrated_noise_keeps_to_its_target_tightly(event, steps, target) -> None:
     def spends(z: float) -> float:

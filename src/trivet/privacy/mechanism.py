@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from trivet.errors import require
 
 Adjacency = Literal["add_remove", "replace", "zero_out"]
 """What a neighbouring data set is: with one record more or less, with one exchanged, with one that contributes zero."""
+NoiseKind = Literal["gaussian", "discrete_gaussian"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Event:
     rate: float
     noise_multiplier: float
     adjacency: Adjacency = "add_remove"
-    noise: Literal["gaussian", "discrete_gaussian"] = "gaussian"
+    noise: NoiseKind = "gaussian"
 
     def __post_init__(self) -> None:
         require(0 < self.rate <= 1, f"rate={self.rate} must lie in (0, 1].")
@@ -130,7 +131,9 @@ class Clip:
 
 
 class Noise(ABC):
-    """Adds noise to the clipped sums."""
+    """Adds noise to the clipped sums. The class attribute `kind` names its distribution for the accountant."""
+
+    kind: ClassVar[NoiseKind]
 
     @abstractmethod
     def add(self, total: list[Tensor], std: float, generator: torch.Generator) -> list[Tensor]:
@@ -144,6 +147,8 @@ class GaussianNoise(Noise):
     impossible (Mironov 2012; Haney et al. 2022): a risk against those who see raw updates, which the noise on a grid
     of `DiscreteGaussian` removes.
     """
+
+    kind: ClassVar[NoiseKind] = "gaussian"
 
     def add(self, total: list[Tensor], std: float, generator: torch.Generator) -> list[Tensor]:
         return [
@@ -177,7 +182,7 @@ class Mechanism:
     @property
     def event(self) -> Event:
         """What one step spends."""
-        return self.sampler.event(self.noise_multiplier, self.adjacency)
+        return replace(self.sampler.event(self.noise_multiplier, self.adjacency), noise=self.noise.kind)
 
     def release(self, total: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         """The noisy mean: (total + noise) / expected, for the sums `total` of clipped per-record gradients."""
