@@ -12,7 +12,16 @@ from scipy.stats import binom, norm
 from statsmodels.stats.proportion import proportion_confint
 
 from trivet.errors import BadValue
-from trivet.statistics import Rate, binomial_lower, binomial_upper, gaussian_shift, normal_quantile
+from trivet.statistics import (
+    Rate,
+    binomial_lower,
+    binomial_upper,
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_mu,
+    gaussian_shift,
+    normal_quantile,
+)
 
 N = 20
 
@@ -99,3 +108,36 @@ def test_certain_and_impossible_events_stay_so_under_a_shift() -> None:
     assert gaussian_shift(0.0, -3.0) == 0.0
     assert normal_quantile(0.0) == -math.inf
     assert normal_quantile(1.0) == math.inf
+
+
+@pytest.mark.parametrize(("mu", "epsilon"), [(1.0, 4.3772), (0.5, 1.993), (2.0, 9.997)])
+def test_epsilon_of_a_gaussian_mechanism_has_its_known_values(mu: float, epsilon: float) -> None:
+    assert gaussian_epsilon(mu, 1e-5) == pytest.approx(epsilon, abs=5e-4)
+    assert gaussian_mu(gaussian_epsilon(mu, 1e-5), 1e-5) == pytest.approx(mu, rel=1e-9)
+
+
+def test_delta_of_a_gaussian_mechanism_is_the_integral_of_what_one_side_has_too_much() -> None:
+    x = np.linspace(-40, 40, 800_001)
+    for mu, epsilon in [(1.0, 0.0), (0.3, 0.5), (3.0, 2.0), (2.0, 9.997)]:
+        excess = np.maximum(0.0, norm.pdf(x - mu) - math.exp(epsilon) * norm.pdf(x))
+        assert gaussian_delta(epsilon, mu) == pytest.approx(np.trapezoid(excess, x), rel=1e-4)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 20), st.floats(0.01, 10), st.floats(1e-9, 0.1))
+def test_mu_epsilon_and_delta_of_a_gaussian_mechanism_agree(epsilon: float, mu: float, delta: float) -> None:
+    assert 0 <= gaussian_delta(epsilon, mu) <= gaussian_delta(0.0, mu) < 1
+    least = gaussian_epsilon(mu, delta)
+    assert gaussian_delta(least, mu) <= delta * (1 + 1e-9)
+    assert least == 0 or gaussian_delta(least * (1 - 1e-6), mu) > delta * (1 - 1e-6)
+    assert gaussian_delta(epsilon, gaussian_mu(epsilon, delta)) <= delta
+    assert gaussian_epsilon(0.0, delta) == 0
+
+
+def test_a_delta_that_means_nothing_is_refused() -> None:
+    with pytest.raises(BadValue, match="delta=0 must lie"):
+        gaussian_epsilon(1.0, 0)
+    with pytest.raises(BadValue, match="delta=1 must lie"):
+        gaussian_mu(1.0, 1)
+    with pytest.raises(BadValue, match="mu=-1 must not"):
+        gaussian_delta(1.0, -1)

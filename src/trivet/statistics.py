@@ -69,3 +69,45 @@ def gaussian_shift(probability: float, shift: float) -> float:
     (Dong, Roth & Su 2022) and the bound behind randomized smoothing (Cohen et al. 2019).
     """
     return 0.5 * math.erfc(-(normal_quantile(probability) - shift) / math.sqrt(2.0))
+
+
+def gaussian_delta(epsilon: float, mu: float) -> float:
+    """delta(epsilon) of mu-Gaussian differential privacy, where mu is sensitivity over standard deviation.
+
+    Phi(-epsilon / mu + mu / 2) - e^epsilon Phi(-epsilon / mu - mu / 2) (Balle & Wang 2018; Dong, Roth & Su 2022).
+    """
+    require(mu >= 0, f"mu={mu} must not be negative.")
+    if mu == 0:
+        return max(0.0, -math.expm1(epsilon))
+    from scipy.special import log_ndtr
+
+    # In logarithms: both terms may be tiny, and close to each other.
+    first = float(log_ndtr(mu / 2 - epsilon / mu))
+    ratio = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)) - first
+    return math.exp(first) * -math.expm1(min(ratio, 0.0))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """The least epsilon >= 0 at which mu-Gaussian differential privacy is (epsilon, delta)-private."""
+    require(0 < delta < 1, f"delta={delta} must lie strictly between 0 and 1.")
+    if gaussian_delta(0.0, mu) <= delta:
+        return 0.0
+    # At the upper end the first term of delta(epsilon) alone is delta.
+    low, high = 0.0, mu * mu / 2 - mu * normal_quantile(delta)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(middle, mu) > delta else (low, middle)
+    return high
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The largest mu whose Gaussian differential privacy is still (epsilon, delta)-private: the converse."""
+    require(epsilon >= 0, f"epsilon={epsilon} must not be negative.")
+    require(0 < delta < 1, f"delta={delta} must lie strictly between 0 and 1.")
+    low, high = 0.0, 1.0
+    while gaussian_delta(epsilon, high) <= delta:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(epsilon, middle) <= delta else (low, middle)
+    return low
