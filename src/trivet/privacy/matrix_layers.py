@@ -8,6 +8,7 @@ Bu et al. 2022). Which is cheaper depends on T^2 against p d.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -153,8 +154,9 @@ class ConvolutionTape(MatrixTape):
         return output[:, 0].numel() // self.session.records
 
     def ghost_is_cheaper(self) -> bool:
-        weight = self.module.weight
-        return 2 * self.places**2 < weight.numel() and len(self.effective["weight"].originals) == 1
+        # Measured from 1 to 512 channels on a CPU. A grouped convolution is that much better than products of patches.
+        outputs, *patch = self._shape
+        return 32 * self.places**2 < math.prod(patch) * outputs
 
     def _flat(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
         """A call as a two-dimensional convolution: inputs, padded where that is not a number; stride, padding."""
@@ -190,16 +192,20 @@ class ConvolutionTape(MatrixTape):
     def materialise(self, a: Tensor, b: Tensor) -> Tensor:
         """One convolution of rows * groups groups: every row is a group of its own."""
         a, b, stride, padding = self._flat(a, b)
-        rows, (outputs, *patch) = len(a), self._shape
+        rows, (outputs, channels, *patch) = len(a), self._shape
+        # The kernels for many groups work in blocks of eight channels; filled up, three take half the time.
+        fill = 8 - channels if 1 < channels < 8 and self.module.groups == 1 and a.device.type == "cpu" else 0
+        if fill:
+            a = F.pad(a, (0, 0, 0, 0, 0, fill))
         found = self._by_weight(
             a.reshape(1, -1, *a.shape[2:]),
             b.reshape(1, -1, *b.shape[2:]),
-            a.new_empty(rows * outputs, *patch),
+            a.new_empty(rows * outputs, channels + fill, *patch),
             stride,
             padding,
             rows * self.module.groups,
         )
-        return found.view(rows, outputs, *patch)
+        return found.view(rows, outputs, channels + fill, *patch)[:, :, :channels].contiguous()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         a, b, stride, padding = self._flat(a, b)
