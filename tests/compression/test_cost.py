@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from trivet.compression.cost import cost_of, measure_latency, safetensors_bytes
 from trivet.errors import BadValue
 from trivet.files import load_tensors, save_tensors
+from trivet.models.pixeldp import pixeldp_cnn
 from trivet.models.resnet import resnet
 from trivet.models.small_cnn import small_cnn
 
@@ -30,6 +31,14 @@ def test_the_small_network_costs_what_the_hand_counts() -> None:
     assert cost.flops == 2 * cost.macs == cost.nonzero_flops
     assert cost.sparsity == 0.0
     assert cost.buffers == 0
+
+
+def test_a_kernel_kept_at_unit_sensitivity_is_counted_once() -> None:
+    cost = cost_of(pixeldp_cnn((1, 28, 28), 10), (1, 28, 28))
+    kernels = [25 * 32, 32 * 25 * 64, 3136 * 1024, 1024 * 10]
+    assert cost.weights == sum(kernels)
+    assert cost.parameters == sum(kernels) + 32 + 64 + 1024 + 10
+    assert cost.macs == kernels[0] * 14 * 14 + kernels[1] * 7 * 7 + kernels[2] + kernels[3]
 
 
 @given(

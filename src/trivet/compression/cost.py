@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trivet import machine
 from trivet.errors import require
 from trivet.models.modes import device_of, evaluating
+from trivet.models.sensitivity import UnitSensitivity
 from trivet.models.surrogate import Surrogate
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -69,11 +70,12 @@ def cost_of(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
 
     Raises:
         BadValue: weights that are still computed from others (masks, quantizers): those would be counted twice, and
-            are not what ships.
+            are not what ships. The scaling of a `UnitSensitivity` belongs to the network and adds no weights.
     """
     for name, module in model.named_modules():
+        steps = module.parametrizations.values() if parametrize.is_parametrized(module) else ()
         require(
-            not parametrize.is_parametrized(module),
+            all(isinstance(step, UnitSensitivity) for each in steps for step in each),
             f"the weights of {name or 'the model'} are still computed by a parametrization; finish the compression "
             "before counting.",
         )
