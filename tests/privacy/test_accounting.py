@@ -200,8 +200,8 @@ def test_more_noise_costs_less_and_more_steps_or_records_cost_more(z, q, steps) 
 
 
 def test_the_limits_are_zero_and_infinity() -> None:
-    assert account([(poisson(1e6, 0.1), 100)], 1e-5).epsilon == pytest.approx(0, abs=1e-4)
-    assert account([(poisson(1, 1e-7), 1)], 1e-5).epsilon == pytest.approx(0, abs=1e-4)
+    assert epsilon(1e6, 0.1, 100) == pytest.approx(0, abs=1e-4)
+    assert epsilon(1, 1e-7, 1) == pytest.approx(0, abs=1e-4)
     assert account([(poisson(1, 0.01), 0)], 1e-5).epsilon == 0
     assert account([], 1e-5).epsilon == 0
     assert account([(poisson(0, 0.01), 1)], 1e-5).epsilon == math.inf
