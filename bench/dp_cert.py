@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ from trivet.certify.certifier import ABSTAIN
 from trivet.certify.curves import average_certified_radius, certified_accuracy
 from trivet.certify.smoothing import Smoothing
 from trivet.data.dataset import Splits
-from trivet.methods import build, spec_of
+from trivet.methods import build
 from trivet.models import initialize
 from trivet.models.tanh_cnn import tanh_cnn
 from trivet.objectives.dp_cert import DpCert
 from trivet.objectives.objective import Objective
 from trivet.objectives.plain import Plain
-from trivet.privacy.accounting import account
+from trivet.privacy.accounting import account, noise_for
 from trivet.privacy.dp_sgd import DpSgd
 from trivet.privacy.gradient_rule import GradientRule
 from trivet.privacy.mean import MeanGradient
@@ -69,6 +69,16 @@ class Setting:
         return DpSgd(
             max_grad_norm=self.max_grad_norm, delta=self.delta, noise_multiplier=self.noise_multiplier, noise_seed=seed
         )
+
+    def shortened(self, epochs: int | None, records: int) -> Setting:
+        """The same with other `epochs`, at the epsilon of its own."""
+        if epochs is None:
+            return self
+        per_epoch = -(-records // self.batch_size)
+        event = Event("poisson", self.batch_size / records, self.noise_multiplier)
+        target = account([(event, self.epochs * per_epoch)], self.delta).epsilon
+        noise = noise_for(event, epochs * per_epoch, target, self.delta)
+        return replace(self, epochs=epochs, noise_multiplier=noise)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -159,7 +169,8 @@ def certified(model: nn.Module, splits: Splits, sigma: float, options: argparse.
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each model and sigma."""
-    splits, setting, device = build("data", options.data), SETTINGS[options.data], torch.device(options.device)
+    splits, device = build("data", options.data), torch.device(options.device)
+    setting = SETTINGS[options.data].shortened(options.epochs, len(splits.train))
     rows = []
     for turn in range(options.rounds):
         seed = options.seed + turn
@@ -224,6 +235,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, nargs="+", default=[2], help="K, one model for each")
     parser.add_argument("--points", type=int, default=180, help="test points to certify")
     parser.add_argument("--n", type=int, default=2000, help="votes for each point")
+    parser.add_argument("--epochs", type=int, help="instead of the setting's; the noise is fitted to equal epsilon")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     harness.prepare(options)
@@ -233,12 +245,7 @@ def main() -> None:
         harness.show(
             f"{options.data}, sigma {sigma}, n {options.n}, {options.points} points, {options.rounds} seeds", table
         )
-    harness.save(options, {"setting": spec(options.data), "means": means, "models": rows})
-
-
-def spec(data: str) -> dict[str, Any]:
-    """The private rule of a data set's models, without its seed."""
-    return {key: value for key, value in spec_of(SETTINGS[data].rule(0)).items() if key != "noise_seed"}
+    harness.save(options, {"means": means, "models": rows})
 
 
 if __name__ == "__main__":
