@@ -36,6 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "normalized_mlp": {"hidden": [20, 10]},
     "stobatch_mlp": {"batch_size": 32, "hidden": [20, 10]},
     "stobatch_cnn": {"batch_size": 32},
+    "twice_noised_mlp": {"hidden": [20, 10]},
+    "twice_noised_cnn": {},
 }
 
 
