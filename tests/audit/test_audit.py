@@ -180,6 +180,7 @@ def test_a_recipe_builds_the_audit_and_its_spec_builds_it_again() -> None:
         ({"confidence": 1.0}, "confidence"),
         ({"curve": (-0.1,)}, "curve"),
         ({"examples": -1}, "examples"),
+        ({"diagnosis": -1}, "diagnosis=-1 must not be negative"),
         ({"threat": Linf(0.0), "curve": (0.1,)}, "eps=0"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import nn
 
 from trivet.audit.claims import claims_from, recheck
 from trivet.audit.findings import Findings
+from trivet.audit.leak_finding import LeakFinding
 from trivet.certify.smoothing import Smoothing
 from trivet.claims import Claim, Ledger, PrivacyClaim
 from trivet.data.dataset import Dataset
@@ -33,6 +34,26 @@ def ledger_of(findings: Findings, **changes: Any) -> Ledger:
     ledger = Ledger()
     ledger.add(*made(findings, **changes))
     return ledger
+
+
+def private(findings: Findings, **changes: Any) -> PrivacyClaim:
+    claim = PrivacyClaim(
+        statement="(3, 1e-05)-differentially private.",
+        value=3.0,
+        unit="epsilon",
+        obtained={"name": "dp_sgd"},
+        recheck="trivet privacy runs/plain",
+        artefact=findings.artefact,
+        made_by="00-fit",
+        delta=1e-5,
+        adjacency="add_remove",
+    )
+    return claim.model_copy(update=changes)
+
+
+def leak(**changes: Any) -> LeakFinding:
+    common: dict[str, Any] = {"label": "One-run audit", "spec": {}, "access": "black box", "trained": 1, "seconds": 1.0}
+    return LeakFinding(**{**common, "lower": 3.456, "delta": 1e-5, "claimed": 3.0, **changes})
 
 
 def reasons(ledger: Ledger) -> dict[str, str | None]:
@@ -117,11 +138,8 @@ def test_an_exact_number_that_changed_is_contradicted(findings: Findings) -> Non
 
 
 def test_what_is_not_asked_again_keeps_holding(findings: Findings) -> None:
-    """Another threat, other records, another machine, and privacy, which no audit of outputs can judge."""
-    common = {"recheck": "", "artefact": "0" * 64, "made_by": "fit"}
-    privacy = PrivacyClaim(
-        statement="private", value=3.0, unit="epsilon", obtained={}, delta=1e-5, adjacency="add_remove", **common
-    )
+    """Another threat, other records, another machine, and privacy, which an audit of outputs cannot judge."""
+    privacy = private(findings)
     ledger = ledger_of(findings)
     ledger.add(privacy)
     elsewhere = findings.model_copy(
@@ -137,3 +155,44 @@ def test_what_is_not_asked_again_keeps_holding(findings: Findings) -> None:
     assert privacy in ledger.holding
     ended = {claim.unit for claim in ledger.claims if not claim.holds}
     assert ended == {"", "bytes", "FLOPs"}
+
+
+def test_a_leak_test_above_the_claim_ends_it_and_says_which(findings: Findings) -> None:
+    ledger = Ledger((private(findings),))
+    recheck(ledger, findings.model_copy(update={"leaks": (leak(lower=1.0, label="weak"), leak())}))
+    assert ledger.claims[0].voided is not None
+    assert ledger.claims[0].voided.stage == "audit"
+    assert ledger.claims[0].voided.reason == (
+        "contradicted by One-run audit: epsilon is at least 3.45 at delta 1e-5, with 95 % confidence"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lower": 3.0},  # as large as the claim, not larger
+        {"lower": None, "delta": None},  # a membership attack, which bounds nothing
+        {"delta": 1e-7},  # says nothing about a larger delta
+    ],
+)
+def test_a_leak_test_that_does_not_exceed_the_claim_leaves_it(findings: Findings, changes: dict[str, Any]) -> None:
+    ledger = Ledger((private(findings),))
+    recheck(ledger, findings.model_copy(update={"leaks": (leak(**changes),)}))
+    assert ledger.claims == (private(findings),)
+
+
+def test_what_fails_at_a_larger_delta_fails_at_the_claimed_one(findings: Findings) -> None:
+    ledger = Ledger((private(findings),))
+    recheck(ledger, findings.model_copy(update={"leaks": (leak(delta=1e-3),)}))
+    assert not ledger.holding
+
+
+def test_a_privacy_claim_is_about_its_weights_alone_and_survives_audits_of_them(findings: Findings) -> None:
+    ledger = Ledger((private(findings), private(findings, artefact="0" * 64)))
+    for _ in range(2):
+        recheck(ledger, findings)
+        ledger.add(*made(findings))
+    kept, ended = ledger.claims[:2]
+    assert kept.holds
+    assert ended.voided is not None
+    assert ended.voided.reason == "the weights are not those it was made for"

@@ -124,7 +124,7 @@ class _Once(torch.autograd.Function):
         return 2 * x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(_context: Any, gradient: Tensor) -> Tensor:
         return 2 * gradient
 
@@ -137,7 +137,7 @@ class Once(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Once.apply(self.model(x))  # type: ignore[no-any-return, no-untyped-call]
+        return _Once.apply(self.model(x))
 
 
 def test_a_model_without_second_derivative_has_no_curvature_and_the_rest(linear: nn.Linear) -> None:
@@ -238,12 +238,12 @@ def test_a_randomised_model_and_one_without_gradient_are_not_diagnosed(plain: nn
             self.model = plain
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.model(x + 0.1 * torch.randn_like(x))  # type: ignore[no-any-return]
+            return self.model(x + 0.1 * torch.randn_like(x))
 
     class Stepped(Noisy):
         def forward(self, x: Tensor) -> Tensor:
             with torch.no_grad():
-                return self.model(x)  # type: ignore[no-any-return]
+                return self.model(x)
 
     audit = replace(QUICK, points=10, curve=(0.0,), certificate=Smoothing(0.25, n=100), certificate_points=5)
     for model in (Noisy(), Stepped()):

@@ -9,9 +9,11 @@ import pytest
 from defences import QUICK
 
 from trivet.audit.findings import Findings
+from trivet.audit.leak_finding import LeakFinding, LowFprPoint
 from trivet.errors import TrivetError
 from trivet.methods import build, spec_of
 from trivet.models.fingerprint import fingerprint
+from trivet.statistics import Rate
 
 
 def test_findings_come_back_from_disk_as_they_were(plain_findings: Findings, tmp_path: Path) -> None:
@@ -37,6 +39,18 @@ def test_findings_say_whose_they_are_and_how_they_were_obtained(plain_findings: 
     assert found.threat == spec_of(QUICK.threat)
     assert {"command", "date", "machine", "versions"} <= set(found.provenance)
     assert all(attack.seconds > 0 for attack in found.attacks)
+
+
+def test_leak_tests_join_the_findings_later_and_older_files_have_none(plain_findings: Findings, tmp_path: Path) -> None:
+    low = LowFprPoint(nominal=0.01, fpr=Rate(3, 300), tpr=Rate(9, 300))
+    found = LeakFinding(label="LiRA", spec={}, access="black box", trained=4, seconds=2.0, low_fpr=(low,))
+    with_leaks = plain_findings.model_copy(update={"leaks": (found,)})
+    with_leaks.save(tmp_path / "audit.json")
+    assert Findings.load(tmp_path / "audit.json") == with_leaks
+    content = plain_findings.model_dump(mode="json")
+    del content["leaks"], content["diagnosis"]
+    (tmp_path / "older.json").write_text(json.dumps(content))
+    assert Findings.load(tmp_path / "older.json") == plain_findings
 
 
 @pytest.mark.parametrize(

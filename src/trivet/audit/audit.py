@@ -24,6 +24,7 @@ from trivet.audit.findings import (
     LatencyFinding,
 )
 from trivet.audit.labels import distinct, label_of
+from trivet.audit.leak_test import LeakTest
 from trivet.audit.masking import Behaviour
 from trivet.audit.probes import Probes
 from trivet.audit.sweep import P, Sweep
@@ -64,6 +65,8 @@ class Audit:
             if the certificate is about the same geometry, else 0.25, 0.5 and 1.
         diagnosis: at how many of the certified records slope, curvature and Lipschitz constant are set against the
             radii; 0 for none. Costs far less than the certificates.
+        leaks: attacks on the training records' privacy, for runs whose training can be repeated. `run` leaves them
+            to its caller, who has the training: they make models of their own.
         latency: batch sizes to time.
         confidence: of every interval.
         batch_size: records attacked at once.
@@ -80,6 +83,7 @@ class Audit:
     certificate_points: int | None = 500
     certified_radii: tuple[float, ...] = ()
     diagnosis: int = 100
+    leaks: tuple[LeakTest, ...] = ()
     latency: tuple[int, ...] = (1, 128)
     confidence: float = 0.95
     batch_size: int = 256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -166,6 +166,162 @@ def class_bars(
             )
         )
     return _svg(_WIDTH, foot + 20, "accuracy by class, without and under attack", parts)
+
+
+@dataclass(frozen=True)
+class Decades:
+    """A logarithmic scale from 10^first to 10^last; what lies below is drawn at its foot."""
+
+    first: int
+    last: int
+
+    def __call__(self, value: float) -> float:
+        """The place of `value`, between 0 and 1."""
+        exponent = math.log10(value) if value > 0 else -math.inf
+        return (min(max(exponent, self.first), self.last) - self.first) / (self.last - self.first)
+
+    @property
+    def ticks(self) -> list[float]:
+        every = -(-(self.last - self.first) // 6)
+        return [10.0**exponent for exponent in range(self.last, self.first - 1, -every)]
+
+
+def decades(values: Iterable[float], most: int = 8) -> Decades:
+    """Whole decades around the positive ones of `values`; at most `most`, the lowest left out."""
+    positive = [value for value in values if value > 0] or [1.0]
+    last = math.ceil(math.log10(max(positive)) - 1e-9)
+    first = math.floor(math.log10(min(positive)) + 1e-9)
+    return Decades(max(min(first, last - 1), last - most), last)
+
+
+def power_of_ten(value: float) -> str:
+    """E.g. "10⁻³"; 0.1, 1 and 10 as they are."""
+    exponent = round(math.log10(value))
+    if abs(exponent) <= 1:
+        return f"{value:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def scatter(series: Sequence[Series], last: float, *, x_title: str, y_title: str) -> Html:
+    """Points, x linear from 0 to `last`, y logarithmic."""
+    axis = Axis(last, None, [(x, f"{x:.4g}") for x in nice_ticks(last)])
+    scale = decades(y for each in series for _, y in each.points)
+
+    def y_of(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * scale(y)
+
+    parts = [_log_grid(scale, y_of, power_of_ten), _x_ticks(axis)]
+    for each in series:
+        for x, y in each.points:
+            parts.append(tag("circle", cx=axis(x), cy=y_of(y), r=2.8, class_=f"dot hue{each.hue % HUES}"))
+    parts.append(tag("text", x_title, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 6, class_="title middle"))
+    label = f"{y_title} against {x_title}, a point for each record: {', '.join(each.name for each in series)}"
+    return _svg(_WIDTH, _HEIGHT, label, parts)
+
+
+def roc_chart(series: Sequence[Series]) -> Html:
+    """True over false positive rates (x, y), both logarithmic; the dotted diagonal is guessing."""
+    scale = decades((x for each in series for x, _ in each.points), most=5)
+    scale = Decades(scale.first, 0)
+
+    def x_of(x: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * scale(x)
+
+    def y_of(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * scale(y)
+
+    def percent(rate: float) -> str:
+        return f"{100 * rate:g} %"
+
+    foot, parts = _HEIGHT - _BOTTOM, [_log_grid(scale, y_of, percent)]
+    for tick in scale.ticks:
+        parts.append(tag("line", x1=x_of(tick), x2=x_of(tick), y1=foot, y2=foot + 4, class_="axis"))
+        parts.append(tag("text", percent(tick), x=x_of(tick), y=foot + 16, class_="tick middle"))
+    parts.append(tag("line", x1=x_of(0.0), x2=x_of(1.0), y1=y_of(0.0), y2=y_of(1.0), class_="marker"))
+    for each in series:
+        path = _path([(x_of(x), y_of(y)) for x, y in each.points])
+        parts.append(tag("polyline", tag("title", each.name), points=path, class_=f"line hue{each.hue % HUES}"))
+    title = tag("text", "false positive rate", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 6, class_="title middle")
+    names = ", ".join(each.name for each in series)
+    return _svg(_WIDTH, _HEIGHT, f"true over false positive rate of {names}", [*parts, title])
+
+
+def _log_grid(scale: Decades, y_of: Callable[[float], float], write: Callable[[float], str]) -> Html:
+    lines = []
+    for tick in scale.ticks:
+        y = y_of(tick)
+        lines.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
+        lines.append(tag("text", write(tick), x=_LEFT - 7, y=y + 3.5, class_="tick end"))
+    lines.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="axis"))
+    return tag("g", lines)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A row of `bounds`: what is known of a number from one side.
+
+    Attributes:
+        name, said: written above the row.
+        low: everything up to here is excluded. high: everything above is; None if nothing is known from above.
+        marks: other values worth a tick, with their names.
+        wrong: whether the row contradicts another.
+    """
+
+    name: str
+    said: str
+    low: float
+    high: float | None = None
+    marks: Sequence[tuple[float, str]] = ()
+    wrong: bool = False
+
+
+def bounds(rows: Sequence[Bound], claimed: float | None, *, title: str) -> Html:
+    """What is known of one number that is not negative, source by source; `claimed` is a labelled vertical line."""
+    values = [each.low for each in rows] + [each.high or 0.0 for each in rows] + [claimed or 0.0]
+    values += [value for each in rows for value, _ in each.marks]
+    last = 1.08 * max(values) or 1.0
+    row, left, top = 38.0, 6.0, 20.0 if claimed is not None else 6.0
+    foot = top + row * len(rows) + 4
+
+    def x_of(value: float) -> float:
+        return left + (_WIDTH - left - _RIGHT) * value / last
+
+    parts = []
+    for tick in nice_ticks(last):
+        parts.append(tag("line", x1=x_of(tick), x2=x_of(tick), y1=top, y2=foot, class_="grid" if tick else "axis"))
+        parts.append(tag("text", f"{tick:.4g}", x=x_of(tick), y=foot + 15, class_="tick middle"))
+    for number, each in enumerate(rows):
+        parts += _bound(each, top + row * number, x_of)
+    if claimed is not None:
+        x = x_of(claimed)
+        for number in range(len(rows)):  # beside the bars only: it would strike the words through
+            y = top + row * number + 18
+            parts.append(tag("line", x1=x, x2=x, y1=y, y2=y + 18, class_="claimed"))
+        parts.append(tag("line", x1=x, x2=x, y1=top - 6, y2=top, class_="claimed"))
+        side = "end" if x > _WIDTH / 2 else None
+        parts.append(tag("text", "claimed: at most", x=x, y=top - 9, class_=side))
+    parts.append(tag("text", title, x=_WIDTH / 2, y=foot + 32, class_="title middle"))
+    label = f"{title}: " + "; ".join(f"{each.name}, {each.said}" for each in rows)
+    return _svg(_WIDTH, foot + 38, label, parts)
+
+
+def _bound(row: Bound, y: float, x_of: Callable[[float], float]) -> list[Html]:
+    middle = y + 27
+    kind = " wrong" if row.wrong else ""
+    parts = [
+        tag("rect", x=x_of(0.0), y=middle - 5, width=x_of(row.low) - x_of(0.0), height=10, class_=f"atleast{kind}"),
+    ]
+    if row.low > 0:
+        parts.append(tag("line", x1=x_of(row.low), x2=x_of(row.low), y1=middle - 7, y2=middle + 7, class_=f"end{kind}"))
+    if row.high is not None:
+        parts.append(tag("line", x1=x_of(row.low), x2=x_of(row.high), y1=middle, y2=middle, class_="between"))
+        parts.append(tag("line", x1=x_of(row.high), x2=x_of(row.high), y1=middle - 7, y2=middle + 7, class_="end"))
+    for value, name in row.marks:
+        dot = tag("circle", tag("title", f"{name}: {value:.4g}"), cx=x_of(value), cy=middle, r=3, class_="other")
+        parts.append(dot)
+    said = tag("tspan", row.said, class_=f"said{kind}")
+    parts.append(tag("text", f"{row.name}: ", said, x=x_of(0.0) + 4, y=y + 14))
+    return parts
 
 
 def whisker(value: float, low: float, high: float, width: float = 80.0) -> Html:

@@ -6,8 +6,9 @@ from typing import Any
 
 from trivet.audit.findings import AttackFinding, CertificateFinding, CertifiedPoint, Findings, LatencyFinding
 from trivet.audit.labels import in_pixels
+from trivet.audit.privacy_standing import delta_text, rounded_down
 from trivet.certify.curves import format_radius
-from trivet.claims import AccuracyClaim, AttackClaim, CertificateClaim, Claim, CostClaim, Ledger
+from trivet.claims import AccuracyClaim, AttackClaim, CertificateClaim, Claim, CostClaim, Ledger, PrivacyClaim
 from trivet.statistics import Rate
 
 PERCENT = "%"
@@ -166,11 +167,15 @@ def recheck(ledger: Ledger, findings: Findings) -> None:
     An earlier holding claim that answers a question the findings answer is voided:
     because the weights are others than it was made for; or because both intervals (exact numbers: the values)
     exclude each other; or else because it was simply measured again. Accuracies, attacks and certificates
-    of other weights are voided whatever was asked of them.
+    of other weights are voided whatever was asked of them. A privacy claim ends where a leak test refutes it and
+    where the weights are others; nothing else an audit finds touches it.
     """
     answers = {_question(claim): claim for claim in claims_from(findings, made_by="", recheck="")}
     for old in ledger.holding:
-        if old.kind == "privacy":  # type: ignore[attr-defined]  # not the audit's to judge
+        if isinstance(old, PrivacyClaim):
+            reason = _ends(old, findings)
+            if reason:
+                ledger.void(old, "audit", reason)
             continue
         new = answers.get(_question(old))
         if old.artefact != findings.artefact:
@@ -179,6 +184,20 @@ def recheck(ledger: Ledger, findings: Findings) -> None:
         elif new is not None:
             reason = "contradicted on re-check" if _contradict(old, new) else "measured again"
             ledger.void(old, "audit", reason)
+
+
+def _ends(claim: PrivacyClaim, findings: Findings) -> str | None:
+    """Why a privacy claim holds no longer, if it does not."""
+    if claim.artefact != findings.artefact:
+        return "the weights are not those it was made for"
+    for leak in findings.leaks:
+        # What is not (epsilon, delta)-private is not so with a smaller delta either.
+        if leak.lower is not None and leak.delta is not None and leak.lower > claim.value and leak.delta >= claim.delta:
+            return (
+                f"contradicted by {leak.label}: epsilon is at least {rounded_down(leak.lower)} at delta "
+                f"{delta_text(leak.delta)}, with {100 * leak.confidence:g} % confidence"
+            )
+    return None
 
 
 def _question(claim: Claim) -> str:

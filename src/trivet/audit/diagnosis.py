@@ -151,13 +151,16 @@ def finding(measured: PerSample, certificates: Certificates, targets: Tensor, se
     lists = {name: values for name, values in vars(measured).items() if values is not None}
     finite = torch.stack([values.isfinite() for values in lists.values()]).all(0)
     radius, lists = radius[finite], {name: values[finite] for name, values in lists.items()}
+    rows = {name: tuple(values.tolist()) for name, values in lists.items()}
     return DiagnosisFinding(
         norm=certificates.norm,
         radius=tuple(radius.tolist()),
         rank_correlation={name: rank_correlation(values, radius) for name, values in lists.items()},
         left_out=int((~finite).sum()),
         seconds=seconds,
-        **{"curvature": None, **{name: tuple(values.tolist()) for name, values in lists.items()}},
+        gradient=rows["gradient"],
+        curvature=rows.get("curvature"),
+        lipschitz=rows["lipschitz"],
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from trivet.audit import charts
 from trivet.audit.cells import key, right, state
 from trivet.audit.charts import Series
-from trivet.audit.findings import Check
+from trivet.audit.findings import Check, DiagnosisFinding
 from trivet.audit.html import Content, Html, section, table, tag
 from trivet.audit.labels import in_pixels
 from trivet.audit.pictures import data_uri, difference
@@ -98,6 +98,48 @@ def _certified(subjects: Sequence[Subject]) -> list[Html]:
 def _figure(title: str, chart: Html, caption: Content, shown: Sequence[tuple[int, Subject]], of: int) -> Html:
     legend = tag("p", [key(number, subject.name) for number, subject in shown], class_="legend") if of > 1 else ""
     return tag("figure", tag("h3", title), legend, chart, tag("figcaption", caption))
+
+
+_MEASURES = {
+    "gradient": ("Slope", "norm of the input gradient"),
+    "curvature": ("Curvature", "largest eigenvalue of the input Hessian"),
+    "lipschitz": ("Local Lipschitz constant", "change of the logits per change of a pixel"),
+}
+
+
+def diagnosis(subjects: Sequence[Subject]) -> Html:
+    """What the network does near each certified record, against how far the record is certified."""
+    found = [(n, s, made) for n, s in enumerate(subjects) if (made := s.findings.diagnosis) is not None and made.radius]
+    figures = []
+    for norm in dict.fromkeys(made.norm for _, _, made in found):
+        shown = [each for each in found if each[2].norm == norm]
+        figures += [_scattered(norm, name, shown, len(subjects)) for name in _MEASURES]
+    lead = (
+        "Wu et al. (TMLR 2024): a point for each of the first certified records, at radius 0 where nothing or a wrong "
+        "label was certified. All three are about the network itself, before smoothing; curvature and Lipschitz "
+        "constant are what a search found, so no less. Kinks between the pieces of a ReLU network have no curvature."
+    )
+    if not figures:
+        return _NOTHING
+    return section("diagnosis", "Near each certified record", tag("div", figures, class_="grid three"), lead=lead)
+
+
+def _scattered(norm: str, measure: str, shown: Sequence[tuple[int, Subject, DiagnosisFinding]], of: int) -> Html:
+    title, what = _MEASURES[measure]
+    drawn = [(number, subject, made, getattr(made, measure)) for number, subject, made in shown]
+    drawn = [each for each in drawn if each[3] is not None]
+    if not drawn:
+        return tag("figure", tag("h3", title), tag("figcaption", "The model cannot be differentiated twice."))
+    series = [Series(s.name, n, list(zip(made.radius, values, strict=True))) for n, s, made, values in drawn]
+    last = max(x for each in series for x, _ in each.points) or 1.0
+    chart = charts.scatter(series, last, x_title=f"certified {norm} radius", y_title=what)
+    said = []
+    for _, subject, made, values in drawn:
+        who, rho = f"{subject.name}: " if of > 1 else "", made.rank_correlation.get(measure)
+        ranks = "no rank correlation, one of both is constant" if rho is None else f"rank correlation {rho:+.2f}"
+        said.append(tag("span", f"{who}{ranks} over {len(values)} records."))
+    caption = [tag("span", f"Up: {what}."), *said]
+    return _figure(title, chart, caption, [each[:2] for each in drawn], of)
 
 
 def classes(subjects: Sequence[Subject]) -> Html:

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trivet.audit.counted import Counted
+from trivet.audit.leak_finding import LeakFinding
 from trivet.errors import TrivetError
 from trivet.files import read_json, write_json
-from trivet.statistics import Rate
-
-
-def _written(rate: Rate) -> dict[str, Any]:
-    counts = {"successes": rate.successes, "trials": rate.trials, "confidence": rate.confidence}
-    return {**counts, "value": rate.value, "interval": list(rate.interval)}
-
-
-def _read(value: Any) -> Any:
-    """The counts alone: value and interval are written for readers of the file and follow from them."""
-    if isinstance(value, dict):
-        return {key: each for key, each in value.items() if key not in ("value", "interval")}
-    return value
-
-
-def _possible(rate: Rate) -> Rate:
-    if not (0 <= rate.successes <= rate.trials and 0 < rate.confidence < 1):
-        raise ValueError(f"{rate.successes} of {rate.trials} at confidence {rate.confidence} is no rate")
-    return rate
-
-
-Counted = Annotated[Rate, BeforeValidator(_read), AfterValidator(_possible), PlainSerializer(_written)]
-"""A rate; in JSON with its value and its exact interval spelled out."""
 
 
 class _Record(BaseModel):
@@ -194,6 +173,7 @@ class Findings(_Record):
         randomised: whether the model answers the same question differently; attacks then averaged gradients.
         clean: accuracy on unperturbed points. clean_by_class and worst_by_class: in the order of `data.classes`.
         worst_case: points that no attack broke. None if no attack could run.
+        leaks: what attacks on the privacy of training records found about the way the model was trained.
         provenance: command, date, versions and hardware.
     """
 
@@ -216,6 +196,7 @@ class Findings(_Record):
     curve: Curve | None
     certificate: CertificateFinding | None
     diagnosis: DiagnosisFinding | None = None
+    leaks: tuple[LeakFinding, ...] = ()
     checks: tuple[Check, ...]
     cost: CostFinding
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from trivet.audit import evidence, record, verdict
+from trivet.audit import evidence, privacy_evidence, record, verdict
 from trivet.audit.html import Content, Html, tag, text
 from trivet.audit.subject import Subject
 from trivet.audit.table import comparison
@@ -17,7 +17,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(subjects: Sequence[Subject]) -> str:
-    """The page about `subjects`: verdicts, claims, curves, classes, examples, checks, costs, settings, provenance.
+    """The page about `subjects`: verdicts, claims, privacy, curves, examples, checks, costs, settings, provenance.
 
     Raises:
         BadValue: no subject.
@@ -27,7 +27,9 @@ def render(subjects: Sequence[Subject]) -> str:
     parts = [
         verdict.verdict(subjects),
         record.claims(subjects),
+        privacy_evidence.privacy(subjects),
         evidence.curves(subjects),
+        evidence.diagnosis(subjects),
         evidence.classes(subjects),
         evidence.examples(subjects),
         evidence.checks(subjects),

@@ -22,6 +22,7 @@ class Subject:
         log: the lines of the training log.
         claims: holding and voided.
         examples: what `Audit.run` returned beside the findings.
+        history: what each training stage recorded, as the weights' file has it.
     """
 
     name: str
@@ -31,3 +32,4 @@ class Subject:
     run: Mapping[str, Any] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
     examples: Mapping[str, Tensor] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()

@@ -7,6 +7,7 @@ from typing import Any
 
 from trivet.audit.findings import Findings
 from trivet.audit.labels import in_pixels
+from trivet.audit.privacy_standing import standing
 from trivet.audit.subject import Subject
 from trivet.statistics import Rate
 
@@ -16,9 +17,9 @@ def comparison(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
 
     Accuracies under attack are upper bounds on robust accuracy.
     """
-    rows = [_row(subject.name, subject.findings) for subject in subjects]
+    rows = [_row(subject.name, subject.findings) | {"privacy": standing(subject).short} for subject in subjects]
     columns = {column: None for row in rows for column in row}
-    places = ("worst case", "certified", "bytes", "ms", "flags")
+    places = ("worst case", "certified", "privacy", "bytes", "ms", "flags")
     last = [column for place in places for column in columns if column.startswith(place)]
     order = [column for column in columns if column not in last] + last
     return [{column: row.get(column) for column in order} for row in rows]
