@@ -15,6 +15,7 @@ from trivet.data.dataset import Batch, Dataset
 from trivet.errors import TrivetError
 from trivet.objectives.objective import Losses, Objective, Progress
 from trivet.objectives.plain import Plain
+from trivet.privacy.discrete_gaussian import DiscreteGaussian
 from trivet.privacy.dp_sgd import DpSgd, PrivatePlan
 from trivet.privacy.engine import ClippedSum, Engine
 from trivet.privacy.engines import engine_for
@@ -104,6 +105,23 @@ def mutated(kind: type[Mechanism], plan: PrivatePlan) -> PrivatePlan:
 @pytest.mark.parametrize("noise", ["gaussian", "discrete_gaussian"])
 def test_the_noise_is_right(noise: str) -> None:
     noise_is_right(plan(clip=0.3, z=1.7, noise=noise))
+
+
+class OnlySums(DiscreteGaussian):
+    """Shows what is about to be released, without the noise."""
+
+    def add_to_grid(self, total: list[Tensor], std: float, dtypes: Any = None) -> list[Tensor]:
+        return total
+
+
+def test_on_a_grid_sums_are_whole_numbers_the_same_in_any_order_of_the_records() -> None:
+    grid = plan(clip=0.3, z=1.7, noise="discrete_gaussian")
+    grid = replace(grid, mechanism=replace(grid.mechanism, noise=OnlySums(), expected=1.0))
+    rows, model = torch.randn(7, 16), linear_with(1.0)
+    one, other = (released(grid, rows[order], model) for order in (torch.arange(7), torch.arange(7).flip(0)))
+    assert torch.equal(one, other)
+    assert torch.equal(one, one.round())
+    assert 0 < float(one.norm()) * grid.mechanism.noise.spacing(grid.mechanism.std) <= 7 * 0.3
 
 
 @pytest.mark.parametrize("mutant", [NoNoise, NoiseDividedTwice, NoiseOfWrongSize])

@@ -225,6 +225,7 @@ class Twice(Plain):
         ({"adjacency": "replace"}, {}, "adjacency='replace' has no tight account under Poisson"),
         ({"sampling": "shuffled", "adjacency": "add_remove"}, {}, "cannot be promised for shuffled batches"),
         ({"sampler": {"import": "mine:WeightedSampler"}}, {}, "dp_sgd has no such setting; it has: .*sampling"),
+        ({"noise": "discrete_gaussian", "noise_seed": 1}, {}, "can neither be repeated nor left out"),
         ({"max_grad_norm": 0}, {}, "max_grad_norm=0.0 must be positive and finite"),
     ],
 )
@@ -259,6 +260,15 @@ def test_shuffled_batches_are_accounted_without_amplification(tmp_path: Path) ->
 def test_weak_promises_carry_a_warning(rule: dict[str, Any], warning: str, tmp_path: Path) -> None:
     (claim,) = privacy_claims(trained(tmp_path / "run", fit(rule)))
     assert any(warning in condition for condition in claim.conditions)
+
+
+def test_noise_on_a_grid_is_claimed_by_its_own_account(tmp_path: Path) -> None:
+    rule = {"noise": "discrete_gaussian", "noise_multiplier": None, "epsilon": 4.0}
+    checkpoint = trained(tmp_path / "run", fit(rule, epochs=1))
+    (claim,) = privacy_claims(checkpoint)
+    assert 3.9 <= claim.value <= 4.0
+    assert claim.obtained["stages"][0]["event"]["noise"] == "discrete_gaussian"
+    assert any("exact, on a grid" in condition for condition in claim.conditions)
 
 
 def test_no_noise_is_no_claim(tmp_path: Path) -> None:

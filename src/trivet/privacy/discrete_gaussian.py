@@ -65,6 +65,7 @@ class DiscreteGaussian(Noise):
     """
 
     kind: ClassVar[NoiseKind] = "discrete_gaussian"
+    one_by_one: ClassVar[bool] = True
     bits: int = 20
 
     def __post_init__(self) -> None:
@@ -78,6 +79,9 @@ class DiscreteGaussian(Noise):
     def sigma(self, std: float) -> int:
         """The noise's parameter in units of the spacing."""
         return math.ceil(std / self.spacing(std))
+
+    def contribution(self, total: list[Tensor], std: float, bound: float) -> list[Tensor]:
+        return self.on_grid(total, std, bound)
 
     def on_grid(self, contribution: list[Tensor], std: float, bound: float) -> list[Tensor]:
         """What one record contributes, in int64 units of the spacing, with l2 norm at most `bound` / h.
@@ -94,10 +98,12 @@ class DiscreteGaussian(Noise):
         return parts
 
     def add(self, total: list[Tensor], std: float, generator: torch.Generator) -> list[Tensor]:
-        """`total`, rounded towards zero to the grid, plus noise: in the dtypes of `total`, but never below float32.
+        """`total` plus noise, as floats: int64 sums of contributions, or float sums, rounded towards zero to the grid.
 
         The generator is not used: coins come from the operating system. Noise is drawn on the CPU.
         """
+        if all(each.dtype == torch.int64 for each in total):
+            return self.add_to_grid(total, std)
         return self.add_to_grid(self._truncated(total, std), std, [each.dtype for each in total])
 
     def add_to_grid(self, total: list[Tensor], std: float, dtypes: list[torch.dtype] | None = None) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,10 +15,11 @@ from trivet.data.dataset import Batch
 from trivet.errors import require
 from trivet.methods import method
 from trivet.privacy.accounting import noise_for
+from trivet.privacy.discrete_gaussian import DiscreteGaussian
 from trivet.privacy.engine import Engine
 from trivet.privacy.engines import engine_for
 from trivet.privacy.gradient_rule import GradientRule, PerExample, Plan, Work
-from trivet.privacy.mechanism import Adjacency, Clip, Event, GaussianNoise, Mechanism, Poisson, Sampler, Shuffled
+from trivet.privacy.mechanism import Adjacency, Clip, Event, GaussianNoise, Mechanism, Noise, Poisson, Sampler, Shuffled
 from trivet.randomness import generator
 
 
@@ -48,7 +49,8 @@ class DpSgd(GradientRule):
         sampling: "shuffled" batches are accounted without amplification, which costs many times more.
         adjacency: add_remove for Poisson samples; zero_out or replace for shuffled batches.
         clipping: "flat", or "psac" for the per-sample adaptive factor of Xia et al. (AAAI 2023).
-        noise: "discrete_gaussian" draws on a grid from OS entropy, safe from floating-point attacks, and slower.
+        noise: "discrete_gaussian" puts each record's gradient on a grid and draws exactly from OS entropy: safe from
+            floating-point attacks, and many times slower.
         engine: how per-record gradients are clipped and added, all exact: "auto" picks by layer.
         physical_batch: records held in memory at once; a logical batch is cut into such parts.
         noise_seed: makes every draw repeatable, for tests. The run is then "reproducible, not private".
@@ -86,6 +88,11 @@ class DpSgd(GradientRule):
             self.noise_multiplier is None or self.noise_multiplier >= 0,
             f"noise_multiplier={self.noise_multiplier} must not be negative.",
         )
+        require(
+            self.noise == "gaussian" or (self.noise_seed is None and self.noise_multiplier != 0),
+            f"noise={self.noise!r} comes from the operating system: it can neither be repeated nor left out; use "
+            "noise='gaussian' with noise_seed or without noise.",
+        )
         require(self.physical_batch >= 1, f"physical_batch={self.physical_batch} must be at least 1.")
         Event(self.sampling, 1.0, 1.0, self.neighbours)
 
@@ -105,10 +112,11 @@ class DpSgd(GradientRule):
         sampler: Sampler = (
             Poisson(records, batch_size / records) if self.sampling == "poisson" else Shuffled(records, batch_size)
         )
-        noise = GaussianNoise()
+        noise: Noise = DiscreteGaussian() if self.noise == "discrete_gaussian" else GaussianNoise()
         z = self.noise_multiplier or 0.0
         if self.epsilon is not None:
-            z = noise_for(sampler.event(1.0, self.neighbours), epochs * per_epoch, self.epsilon, self.delta)
+            event = replace(sampler.event(1.0, self.neighbours), noise=noise.kind)
+            z = noise_for(event, epochs * per_epoch, self.epsilon, self.delta)
         clip = Clip(self.max_grad_norm, self.clipping)
         return PrivatePlan(self, Mechanism(sampler, clip, noise, z, float(batch_size), self.neighbours), per_epoch)
 
@@ -149,11 +157,12 @@ class PrivatePlan(Plan):
 
     def gradients(self, model: nn.Module, batch: Batch, work: Work) -> PerExample:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        total = self.mechanism.contribution([torch.zeros_like(p, dtype=torch.float32) for p in parameters])
         found: list[PerExample] = []
         if self._engine is None:
             self._engine = engine_for(model, self.rule.engine)
-        for part, index in enumerate(torch.arange(len(batch)).split(self.rule.physical_batch) if len(batch) else ()):
+        size = 1 if self.mechanism.noise.one_by_one else self.rule.physical_batch
+        for part, index in enumerate(torch.arange(len(batch)).split(size) if len(batch) else ()):
             records = batch.select(index)
 
             def losses(model: nn.Module, batch: Batch, perturbed: Tensor, part: int = part) -> PerExample:
@@ -161,7 +170,7 @@ class PrivatePlan(Plan):
 
             perturbed = work.perturb(model, records, part)
             clipped = self._engine.clipped_sum(model, records, perturbed, losses, self.mechanism.clip.factors)
-            for mine, its in zip(total, clipped.total, strict=True):
+            for mine, its in zip(total, self.mechanism.contribution(clipped.total), strict=True):
                 mine += its
             found.append(clipped.found)
         for parameter, gradient in zip(parameters, self._released(total), strict=True):

@@ -131,9 +131,22 @@ class Clip:
 
 
 class Noise(ABC):
-    """Adds noise to the clipped sums. The class attribute `kind` names its distribution for the accountant."""
+    """Adds noise to the clipped sums.
+
+    Class attributes:
+        kind: its distribution, for the accountant.
+        one_by_one: whether `contribution` must see every record alone.
+    """
 
     kind: ClassVar[NoiseKind]
+    one_by_one: ClassVar[bool] = False
+
+    def contribution(self, total: list[Tensor], std: float, bound: float) -> list[Tensor]:
+        """What is added up: the clipped sums as they are, or put into a form whose sums are exact.
+
+        `std` is that of the noise to come, `bound` the l2 norm that one record is clipped to.
+        """
+        return total
 
     @abstractmethod
     def add(self, total: list[Tensor], std: float, generator: torch.Generator) -> list[Tensor]:
@@ -184,6 +197,10 @@ class Mechanism:
         """What one step spends."""
         return replace(self.sampler.event(self.noise_multiplier, self.adjacency), noise=self.noise.kind)
 
+    def contribution(self, total: list[Tensor]) -> list[Tensor]:
+        """What the clipped sum over some records (over one, if the noise wants them one by one) adds to the total."""
+        return self.noise.contribution(total, self.std, self.clip.max_grad_norm)
+
     def release(self, total: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-        """The noisy mean: (total + noise) / expected, for the sums `total` of clipped per-record gradients."""
+        """The noisy mean: (total + noise) / expected, where `total` adds up contributions."""
         return [each / self.expected for each in self.noise.add(total, self.std, generator)]

@@ -110,13 +110,16 @@ class PrivateStage:
         )
 
     def _conditions(self, found: Account) -> list[str]:
-        said = [
-            "covers the weights and every checkpoint of this run; no loss coupled records, as probed beforehand",
-            "noise and samples come from a generator seeded by the operating system and stored nowhere; it is not a "
-            "cryptographic one",
-        ]
+        said = ["covers the weights and every checkpoint of this run; no loss coupled records, as probed beforehand"]
         if self.event.noise == "gaussian":
-            said.append("noise is sampled in floating point, whose last bits may betray more than the mathematics does")
+            said.append(
+                "noise and samples come from a generator seeded by the operating system and stored nowhere; it is no "
+                "cryptographic one, and the last bits of floating-point noise may betray more than the mathematics does"
+            )
+        else:
+            said.append(
+                "noise is exact, on a grid, and comes from the operating system; samples from a seeded generator"
+            )
         if self.event.sampler == "shuffled":
             said.append("batches were shuffled, not Poisson samples: accounted without amplification")
         if self.diagnostics:
