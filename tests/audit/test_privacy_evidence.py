@@ -121,6 +121,8 @@ def test_a_method_whose_published_claim_is_void_is_named(bare: Subject, where: s
     assert said in standing(made).reasons
     assert said in render([made])
     assert standing(replace(bare, recipe={"stages": [{"fit": {"rule": "mean_gradient"}}]})).reasons == ()
+    both = {"stages": [{"fit": {"rule": "stobatch", "objective": {"name": "stobatch"}}}]}
+    assert len(standing(replace(bare, recipe=both)).reasons) == 1
 
 
 def test_a_fixed_noise_seed_is_called_what_it_is(bare: Subject) -> None:

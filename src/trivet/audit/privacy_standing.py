@@ -21,7 +21,7 @@ NEIGHBOURS = {
 """What happens to the one record whose traces epsilon bounds, by the claim's adjacency."""
 _VOID = "privacy claim void: "
 """How the notes of methods begin whose published privacy claim does not hold."""
-_PLACES = {"rule": "privacy", "objective": "objectives", "model": "models"}
+_PLACES = {"rule": "privacy", "objective": "objectives"}
 """Under which keys a recipe names methods, and of which room."""
 
 
@@ -63,15 +63,17 @@ def standing(subject: Subject) -> Standing:
 def _void_methods(subject: Subject) -> Iterator[str]:
     """Methods of this model whose authors' claim is known not to hold."""
     used = set(_methods_in([subject.recipe, *subject.history]))
+    said = set()
     for room in _PLACES.values():
         for each in methods(room):
-            if (room, each.name) in used and each.note.startswith(_VOID):
+            if (room, each.name) in used and each.note.startswith(_VOID) and each.note not in said:
+                said.add(each.note)  # a method in several parts says it once
                 who = f"{each.title} ({each.paper})" if each.paper else each.title
                 yield f"The privacy claim published with {who} is void: {each.note.removeprefix(_VOID)}."
 
 
 def _methods_in(settings: Any) -> Iterator[tuple[str, str]]:
-    """Room and name of every rule, objective and model that is named anywhere in `settings`."""
+    """Room and name of every rule and objective that is named anywhere in `settings`."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             name = value.get("name") if isinstance(value, Mapping) else value
