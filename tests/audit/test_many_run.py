@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom, norm
 from torch import nn
 
-from trivet.audit.leak_test import Planting
+from trivet.audit.leak_test import Planting, StageTrainer
 from trivet.audit.many_run import (
     ManyRun,
     epsilon_from_errors,
@@ -25,7 +25,11 @@ from trivet.data.dataset import Dataset, Splits
 from trivet.data.digits import digits
 from trivet.errors import BadValue
 from trivet.models.mlp import mlp
+from trivet.objectives.plain import Plain
+from trivet.privacy.dp_sgd import DpSgd
 from trivet.statistics import gaussian_epsilon
+from trivet.training.fit import Fit
+from trivet.training.optimizers import Sgd
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_a_threshold_chosen_on_the_counted_runs_would_be_noticed() -> None:
     draw, too_often = np.random.default_rng(2), binom.isf(1e-6, 200, 0.2)
     honest = mutant = 0
     for _ in range(200):
-        inside, outside = draw.laplace(1, 1, 1000), draw.laplace(0, 1, 1000)
+        inside, outside = draw.laplace(1, 1, 600), draw.laplace(0, 1, 600)
         honest += many_run_bound(inside, outside, 0.0, 0.8).lower > 1
         mutant += many_run_bound(np.tile(inside, 2), np.tile(outside, 2), 0.0, 0.8).lower > 1
     assert honest <= too_often < mutant
@@ -142,7 +146,7 @@ def test_runs_are_numbered_once_and_take_turns() -> None:
     ("settings", "message"),
     [
         ({"runs": 3}, "runs=3 must be at least 4"),
-        ({"kind": "dirac"}, "access='black box' does not show"),
+        ({"kind": "dirac"}, "access='black_box' does not show"),
         ({"confidence": 0.0}, "confidence=0.0 must lie"),
         ({"delta": -1.0}, "delta=-1.0 must lie"),
     ],
@@ -150,6 +154,13 @@ def test_runs_are_numbered_once_and_take_turns() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(BadValue, match=message):
         ManyRun(**settings)  # type: ignore[arg-type]
+
+
+def claim(epsilon: float) -> PrivacyClaim:
+    return PrivacyClaim(
+        statement="private", value=epsilon, unit="epsilon", obtained={}, recheck="", artefact="", made_by="fit",
+        delta=1e-5, adjacency="add_remove",
+    )  # fmt: skip
 
 
 class Recording:
@@ -179,13 +190,21 @@ class Recording:
 
 def test_a_training_that_learns_the_canary_by_heart_contradicts_its_claim() -> None:
     data: Splits = digits()
-    claimed = PrivacyClaim(
-        statement="private", value=1.0, unit="epsilon", obtained={}, recheck="", artefact="", made_by="fit",
-        delta=1e-5, adjacency="add_remove",
-    )  # fmt: skip
     trainer = Recording()
-    found = ManyRun(runs=40).run(trainer, data, seed=0, claimed=claimed)
+    found = ManyRun(runs=40).run(trainer, data, seed=0, claimed=claim(1.0))
     assert found.lower == pytest.approx(epsilon_from_errors(0, 20, 0, 20, 1e-5, 0.95))
     assert found.contradicts
     assert (found.guesses, found.right, found.trained) == (40, 40, 80)
     assert sorted(trainer.numbers) == list(range(80))
+
+
+def test_dp_sgd_without_noise_is_refuted() -> None:
+    """One full-batch step and a dirac canary: 6 and 6 counted runs without an error show epsilon 0.16."""
+    data = digits()
+    data = Splits(data.train.select(slice(0, 40)), data.test)
+    rule = DpSgd(max_grad_norm=1.0, delta=1e-5, noise_multiplier=0.0)
+    fit = Fit(Plain(), epochs=1, batch_size=40, optimizer=Sgd(lr=0.1), rule=rule)
+    trainer = StageTrainer([("fit", fit)], lambda _: mlp((1, 8, 8), 10, hidden=(4,)), data.test, seed=0)
+    found = ManyRun(runs=12, kind="dirac", access="white_box").run(trainer, data, seed=0, claimed=claim(0.1))
+    assert found.right == 12
+    assert found.contradicts

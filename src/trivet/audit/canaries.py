@@ -25,17 +25,24 @@ from trivet.randomness import generator
 from trivet.threats.losses import cross_entropy
 
 Kind = Literal["mislabelled", "dirac"]
-Access = Literal["black box", "white box"]
+Access = Literal["black_box", "white_box"]
 DIRAC_SLOPE = 1e4
 """Norm of a Dirac canary's gradient before clipping: above any clip norm in use, so that it is clipped to just that."""
 
 
 def check(kind: str, access: str) -> None:
-    """Refuse what cannot be seen."""
+    """Refuse what there is not, and what cannot be seen."""
+    require(kind in ("mislabelled", "dirac"), f"kind={kind!r} must be 'mislabelled' or 'dirac'.")
+    require(access in ("black_box", "white_box"), f"access={access!r} must be 'black_box' or 'white_box'.")
     require(
-        kind == "mislabelled" or access == "white box",
-        f"access={access!r} does not show the weight that a dirac canary moves; set access: white box.",
+        kind == "mislabelled" or access == "white_box",
+        f"access={access!r} does not show the weight that a dirac canary moves; set access: white_box.",
     )
+
+
+def seen(access: Access) -> Literal["black box", "white box"]:
+    """How findings call it."""
+    return "white box" if access == "white_box" else "black box"
 
 
 class Planted:

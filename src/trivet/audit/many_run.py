@@ -47,7 +47,7 @@ class ManyRun(LeakTest):
 
     runs: int = 200
     kind: Kind = "mislabelled"
-    access: Access = "black box"
+    access: Access = "black_box"
     delta: float | None = None
     confidence: float = 0.95
 
@@ -68,7 +68,7 @@ class ManyRun(LeakTest):
                 torch.tensor([with_canary]),
                 seed=derive_seed(seed, "many runs"),  # always the same canary
                 adjacency=adjacency,
-                watch=self.access == "white box" and self.kind == "mislabelled",
+                watch=self.access == "white_box" and self.kind == "mislabelled",
             )
             model = trainer(planted.train, number=number, planting=planted)
             return float(planted.scores(trainer, model, number))
@@ -77,9 +77,9 @@ class ManyRun(LeakTest):
         delta = at(claimed, self.delta, len(data.train))
         found = many_run_bound(inside, outside, delta, self.confidence)
         return LeakFinding(
-            label=f"many-run audit ({self.kind}, {self.access})",
+            label=f"many-run audit ({self.kind}, {canaries.seen(self.access)})",
             spec=spec_of(self),
-            access=self.access,
+            access=canaries.seen(self.access),
             trained=2 * self.runs,
             seconds=time.perf_counter() - began,
             canaries=self.kind,
@@ -92,9 +92,8 @@ class ManyRun(LeakTest):
             gaussian_lower=found.gaussian_lower,
             claimed=None if claimed is None else claimed.value,
             notes=(
-                f"a lower bound that so many runs cannot raise above {found.ceiling:.2f}; a stronger attack can only "
-                "raise it",
-                "the Gaussian figure assumes a Gaussian trade-off curve; it is no bound for other mechanisms",
+                "a lower bound: a stronger attack can only raise it, and with so many runs not above "
+                f"{found.ceiling:.2f}",
             ),
         )
 

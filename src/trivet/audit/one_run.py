@@ -49,7 +49,7 @@ class OneRun(LeakTest):
     Attributes:
         canaries: m, in the slots of as many training records.
         kind: "mislabelled" images, or "dirac" gradients in a weight of their own, the strongest canary there is.
-        access: "black box" sees the finished model's outputs; "white box" every update (mislabelled), or the finished
+        access: "black_box" sees the finished model's outputs; "white_box" every update (mislabelled), or the finished
             weights (dirac).
         guesses: choices of r, even numbers; none given means a fifth of the canaries.
         delta: None for that of the claim.
@@ -57,7 +57,7 @@ class OneRun(LeakTest):
 
     canaries: int = 1000
     kind: Kind = "mislabelled"
-    access: Access = "black box"
+    access: Access = "black_box"
     guesses: tuple[int, ...] = ()
     delta: float | None = None
     confidence: float = 0.95
@@ -82,14 +82,14 @@ class OneRun(LeakTest):
             coins,
             seed=derive_seed(seed, "one run"),
             adjacency=adjacency,
-            watch=self.access == "white box" and self.kind == "mislabelled",
+            watch=self.access == "white_box" and self.kind == "mislabelled",
         )
         model = trainer(planted.train, number=0, planting=planted)
         found = self.judge(planted.scores(trainer, model, 0), coins, at(claimed, self.delta, len(data.train)))
         return LeakFinding(
-            label=f"one-run audit ({self.kind}, {self.access})",
+            label=f"one-run audit ({self.kind}, {canaries.seen(self.access)})",
             spec=spec_of(self),
-            access=self.access,
+            access=canaries.seen(self.access),
             trained=1,
             seconds=time.perf_counter() - began,
             canaries=self.kind,
@@ -101,11 +101,7 @@ class OneRun(LeakTest):
             confidence=self.confidence,
             gaussian_lower=found.gaussian_lower,
             claimed=None if claimed is None else claimed.value,
-            notes=(
-                "a lower bound: a stronger attack can only raise it",
-                "the Gaussian figure (Mahloujifar et al. 2024) assumes a Gaussian trade-off curve; it is no bound for "
-                "other mechanisms",
-            ),
+            notes=("a lower bound: a stronger attack can only raise it",),
         )
 
     def judge(self, scores: Tensor, included: Tensor, delta: float) -> OneRunBound:
