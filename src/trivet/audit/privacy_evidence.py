@@ -21,7 +21,7 @@ _SAMPLERS = {"poisson": "Poisson samples of rate {rate:.4g}", "shuffled": "shuff
 _NOT_COVERED = (
     "several records of one person: k of them are protected with k times this epsilon only, and a larger delta",
     "what can be learned about people from everybody else's records",
-    "settings chosen by looking at results on the same records, unless a condition above counts those runs",
+    "settings chosen by looking at results on the same records, unless a condition counts those runs",
     "weights or data the training started from, whatever they were made of",
     "the records this audit was made on, of which this page shows pictures",
     "errors in the code or the arithmetic: leak tests look for them, and one that finds nothing proves nothing",
@@ -193,7 +193,7 @@ def _notes(leak: LeakFinding) -> list[Content]:
 
 def _terms(claim: PrivacyClaim) -> list[Html]:
     """The account, the conditions, and what no epsilon covers."""
-    held = tag("div", tag("h4", "Holds if"), tag("ul", [tag("li", each) for each in claim.conditions]))
+    held = tag("div", tag("h4", "Conditions"), tag("ul", [tag("li", each) for each in claim.conditions]))
     uncovered = tag("div", tag("h4", "Not covered"), tag("ul", [tag("li", each) for each in _NOT_COVERED]))
     return [_account(claim), tag("div", held if claim.conditions else "", uncovered, class_="grid terms")]
 
