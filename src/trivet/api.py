@@ -18,16 +18,19 @@ from torch import nn
 from trivet import display
 from trivet.audit.claims import claims_from, recheck
 from trivet.audit.findings import Findings
+from trivet.audit.leak_finding import LeakFinding
+from trivet.audit.leak_test import StageTrainer
 from trivet.audit.report import render
 from trivet.audit.subject import Subject
 from trivet.certify.certificate_file import CertificateFile
 from trivet.certify.certifier import Certificates, Certifier, join
-from trivet.claims import Ledger
+from trivet.claims import Ledger, PrivacyClaim
 from trivet.data.dataset import Dataset
 from trivet.errors import TrivetError, require
 from trivet.files import load_tensors, save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
 from trivet.models.foreign.load import load_model
+from trivet.models.modes import device_of
 from trivet.privacy.accounting import account
 from trivet.privacy.budget import grouped, spendings
 from trivet.privacy.dp_sgd import customary_delta
@@ -80,6 +83,12 @@ class Run:
             raise TrivetError(f"{self.folder.path} has not been audited; run `trivet audit {self.folder.path}`.")
         return Findings.load(self.folder.audit)
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What each finished stage recorded; empty before training has finished."""
+        weights = self.folder.weights
+        return load_tensors(weights)[1]["history"] if weights.exists() else []
+
     def model(self, like: Dataset) -> nn.Module:
         """The trained model in eval mode; `like` tells input shape and classes."""
         if not self.folder.weights.exists():
@@ -101,6 +110,7 @@ class Run:
             findings=self.findings,
             claims=self.claims.claims,
             examples=load_tensors(examples)[0] if examples.exists() else {},
+            history=self.history,
         )
 
 
@@ -108,7 +118,8 @@ class Run:
 class Target:
     """What an audit and a certifier look at: a model, the test data, the settings to judge it by, and where to write.
 
-    `source` says where the model came from, `again` is the command that audits it once more.
+    `source` says where the model came from, `again` is the command that audits it once more, and `is_run` whether it
+    came with the recipe it was trained by.
     """
 
     name: str
@@ -118,6 +129,7 @@ class Target:
     folder: RunFolder
     source: str
     again: str
+    is_run: bool
 
     @classmethod
     def open(
@@ -139,7 +151,8 @@ class Target:
         source = name if in_memory else str(target)
         again = ["trivet", "audit", f"<{name}>" if in_memory else source]
         again += [str(part) for option in options if option[1] is not None for part in option]
-        if not in_memory and Path(str(target)).is_dir():
+        is_run = not in_memory and Path(str(target)).is_dir()
+        if is_run:
             if recipe is not None:
                 raise TrivetError(f"{target} is a run folder and has its own recipe; leave out --recipe, use --set.")
             run = Run.open(str(target), overrides=overrides, data=data, trust_code=trust_code)
@@ -152,7 +165,7 @@ class Target:
             test = settings.splits().test
             model = target if isinstance(target, nn.Module) else _read(Path(target), settings, test)
             folder = _beside(audit_folder(source, out or (f"{name}.audit" if in_memory else None)), settings)
-        return cls(name, model.to(where), test, settings, folder, source, shlex.join(again))
+        return cls(name, model.to(where), test, settings, folder, source, shlex.join(again), is_run)
 
     @property
     def seed(self) -> int:
@@ -301,6 +314,7 @@ def audit_model(
         )
         run = Run(folder, found.plan.source)
         ledger = run.claims
+        findings = findings.model_copy(update={"leaks": _leaks(found, ledger)})
         recheck(ledger, findings)
         ledger.add(*claims_from(findings, made_by="audit", recheck=found.again))
         findings.save(folder.audit)
@@ -309,6 +323,28 @@ def audit_model(
         subject = run.subject()
         write_text(folder.report, render([subject]))
     return subject
+
+
+def _leaks(found: Target, ledger: Ledger) -> tuple[LeakFinding, ...]:
+    """What the recipe's leak tests find: they train its model again, on records that they have tampered with."""
+    if not found.plan.audit.leaks:
+        return ()
+    if not found.is_run:
+        raise TrivetError(
+            f"leak tests repeat the training, and {found.name} comes without; audit its run folder, or leave them out "
+            "with --set audit.leaks=[]."
+        )
+    splits = found.plan.splits()
+    trainer = StageTrainer(
+        found.plan.stages,
+        lambda seed: found.plan.model(splits.train, seed),
+        splits.test,
+        found.seed,
+        device_of(found.model),
+        budget_of=splits.train.digest(),
+    )
+    claimed = next((claim for claim in reversed(ledger.holding) if isinstance(claim, PrivacyClaim)), None)
+    return tuple(test.run(trainer, splits, seed=found.seed, claimed=claimed) for test in found.plan.audit.leaks)
 
 
 def certify_model(
@@ -378,10 +414,10 @@ def epsilon_of(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         TrivetError: the run has not finished, or was not private, with the reason.
     """
-    folder = RunFolder.open(Path(run))
-    if not folder.weights.exists():
+    history = Run.open(run).history
+    if not history:
         raise TrivetError(f"{run} has not finished; `trivet train {run} --resume` goes on with it.")
-    stages = [each["privacy"] for each in load_tensors(folder.weights)[1]["history"] if "privacy" in each]
+    stages = [each["privacy"] for each in history if "privacy" in each]
     if not stages:
         raise TrivetError(f"{run} was not trained privately; a fit stage is with rule: {{name: dp_sgd, ...}}.")
     for stage in stages:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -132,7 +131,7 @@ def train(
         recipe, data=data, out=out, overrides=override or (), resume=resume, trust_code=trust_code, device=device
     )
     if as_json:
-        _print_json({"run": str(run.folder.path), "history": _history(run.folder.weights)})
+        _print_json({"run": str(run.folder.path), "history": run.history})
     else:
         print(f"trained: {run.folder.path}\nnext:    trivet audit {run.folder.path}")
 
@@ -162,6 +161,15 @@ def audit(
         for check in subject.findings.flags:
             print(f"{check.severity}: {check.title}: {check.meaning}")
         print(f"report: {api.audit_folder(target, out) / 'report.html'}")
+    refuted = [leak for leak in subject.findings.leaks if leak.contradicts]
+    for leak in refuted:
+        print(
+            f"trivet: {leak.label} shows epsilon >= {leak.lower:.3g} where {leak.claimed:.3g} was claimed; the claim "
+            "is void, and training does not do what its account says.",
+            file=sys.stderr,
+        )
+    if refuted:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -291,12 +299,6 @@ def demo(
         return
     _show_models(comparison(subjects))
     print(f"report: {page}")
-
-
-def _history(weights: Path) -> Any:
-    from trivet.files import load_tensors
-
-    return load_tensors(weights)[1]["history"]
 
 
 def _show_models(rows: Sequence[dict[str, Any]]) -> None:

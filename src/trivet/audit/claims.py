@@ -6,10 +6,11 @@ from typing import Any
 
 from trivet.audit.findings import AttackFinding, CertificateFinding, CertifiedPoint, Findings, LatencyFinding
 from trivet.audit.labels import in_pixels
-from trivet.audit.privacy_standing import delta_text, rounded_down
+from trivet.audit.privacy_standing import rounded_down
 from trivet.certify.curves import format_radius
 from trivet.claims import AccuracyClaim, AttackClaim, CertificateClaim, Claim, CostClaim, Ledger, PrivacyClaim
 from trivet.statistics import Rate
+from trivet.training.private_stage import delta_text
 
 PERCENT = "%"
 

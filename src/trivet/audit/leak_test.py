@@ -75,6 +75,7 @@ class StageTrainer:
         build: makes the untrained model from a seed.
         test: the test records, for stages that look at them.
         seed: run `number` has the seed derived from it and the number.
+        budget_of: SHA-256 of the records whose privacy these models spend; None: of those they are trained on.
     """
 
     stages: Sequence[tuple[str, Stage]]
@@ -82,6 +83,7 @@ class StageTrainer:
     test: Dataset
     seed: int
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    budget_of: str | None = None
 
     def initial(self, number: int) -> nn.Module:
         return self.build(derive_seed(self.seed, "leak test", number)).to(self.device)
@@ -95,7 +97,8 @@ class StageTrainer:
             run = RunFolder.create(Path(folder) / "run", "")
             seed = derive_seed(self.seed, "leak test", number)
             splits = Splits(train, self.test)
-            return run_stages(stages, model, splits, run, seed=seed, device=self.device).model.eval()
+            checkpoint = run_stages(stages, model, splits, run, seed=seed, device=self.device, budget_of=self.budget_of)
+            return checkpoint.model.eval()
 
 
 def _planted(stage: Stage, planting: Planting) -> Stage:

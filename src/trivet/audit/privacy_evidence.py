@@ -11,10 +11,10 @@ from trivet.audit.cells import DASH, interval, key, right
 from trivet.audit.charts import Bound, Series
 from trivet.audit.html import Content, Html, facts, section, table, tag, text
 from trivet.audit.leak_finding import LeakFinding, LowFprPoint
-from trivet.audit.privacy_standing import NEIGHBOURS, Standing, delta_text, rounded_down, standing
+from trivet.audit.privacy_standing import Standing, rounded_down, standing
 from trivet.audit.subject import Subject
 from trivet.claims import PrivacyClaim
-from trivet.training.private_stage import rounded_up
+from trivet.training.private_stage import NEIGHBOURS, delta_text, rounded_up
 
 _NOTHING = Html("")
 _SAMPLERS = {"poisson": "Poisson samples of rate {rate:.4g}", "shuffled": "shuffled batches, {share:.0f} to a pass"}

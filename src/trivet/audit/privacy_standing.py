@@ -11,14 +11,8 @@ from trivet.audit.leak_finding import LeakFinding
 from trivet.audit.subject import Subject
 from trivet.claims import PrivacyClaim
 from trivet.methods import methods
-from trivet.training.private_stage import rounded_up
+from trivet.training.private_stage import delta_text, rounded_up
 
-NEIGHBOURS = {
-    "add_remove": "added or removed",
-    "replace": "exchanged for any other",
-    "zero_out": "replaced by one that contributes nothing",
-}
-"""What happens to the one record whose traces epsilon bounds, by the claim's adjacency."""
 _VOID = "privacy claim void: "
 """How the notes of methods begin whose published privacy claim does not hold."""
 _PLACES = {"rule": "privacy", "objective": "objectives"}
@@ -99,8 +93,3 @@ def rounded_down(epsilon: float) -> str:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 2)
     return f"{math.floor(epsilon / unit + 1e-9) * unit:.3g}"
-
-
-def delta_text(delta: float) -> str:
-    """E.g. "1e-5"."""
-    return f"{delta:g}".replace("e-0", "e-")

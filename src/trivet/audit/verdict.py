@@ -9,12 +9,12 @@ from trivet.audit.cells import DASH, amount, interval, key, rate, rate_in_line, 
 from trivet.audit.findings import Check, Findings
 from trivet.audit.html import Content, Html, facts, section, table, tag, text
 from trivet.audit.leak_finding import LeakFinding
-from trivet.audit.privacy_standing import NEIGHBOURS, Standing, delta_text, rounded_down, standing
+from trivet.audit.privacy_standing import Standing, rounded_down, standing
 from trivet.audit.subject import Subject
 from trivet.audit.table import threat_text
 from trivet.certify.curves import format_radius
 from trivet.statistics import Rate
-from trivet.training.private_stage import rounded_up
+from trivet.training.private_stage import NEIGHBOURS, delta_text, rounded_up
 
 
 def masthead(title: str, subjects: Sequence[Subject]) -> Html:

@@ -43,12 +43,15 @@ class Plan:
         splits: Splits = _build(self.source, ("data",), "data", settings, expects=Splits)
         return splits.limited(**limits)
 
-    def model(self, data: Dataset) -> nn.Module:
-        """The recipe's model for inputs and classes like those of `data`, freshly initialised by the recipe's seed."""
+    def model(self, data: Dataset, seed: int | None = None) -> nn.Module:
+        """The recipe's model for inputs and classes like those of `data`, freshly initialised.
+
+        By the recipe's seed, or by another one.
+        """
         if self.recipe.model is None:
             raise TrivetError(f"{self.source.where} describes no model; it is for auditing models trained elsewhere.")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.recipe.seed, "init"))
+            torch.manual_seed(derive_seed(self.recipe.seed if seed is None else seed, "init"))
             model: nn.Module = _build(
                 self.source,
                 ("model",),

@@ -152,7 +152,7 @@ class _Loop:
         self.private: PrivateStage | None = None
         if isinstance(self.plan, PrivatePlan):
             require_independence(model, fit.objective, self.train)
-            self.private = PrivateStage(self.plan, self.train, self.digest, context.files, self.steps)
+            self.private = PrivateStage(self.plan, self.train, self.digest, context, self.steps)
             if self.plan.secret:  # who knew the objective's draws could subtract the other records
                 self.seed = secrets.randbits(63)
 

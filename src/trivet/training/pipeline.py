@@ -25,8 +25,11 @@ def run_stages(
     *,
     seed: int,
     device: torch.device,
+    budget_of: str | None = None,
 ) -> Checkpoint:
     """Take `model` through the named `stages`, from wherever `folder` says an earlier session got to.
+
+    `budget_of` is as in `Context`.
 
     Raises:
         TrivetError: another process is writing the folder, or a stage refuses to go on; what was saved stays.
@@ -42,7 +45,7 @@ def run_stages(
         folder.record("running", seed, machine.describe())
         for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
             checkpoint.ledger.apply(name, stage.effect())  # before it runs: what it claims itself is not to be voided
-            checkpoint = stage.run(checkpoint, Context(splits, seed, each, device))
+            checkpoint = stage.run(checkpoint, Context(splits, seed, each, device, budget_of))
             checkpoint.ledger.rebind("privacy", checkpoint.artefact)
             _save(each, checkpoint)
             each.clear_state()

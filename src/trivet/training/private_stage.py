@@ -15,34 +15,42 @@ from trivet.privacy.accounting import Account, account
 from trivet.privacy.budget import Spender, Spending, spendings, totals
 from trivet.privacy.dp_sgd import PrivatePlan
 from trivet.privacy.mechanism import Event
-from trivet.training.folder import StageFiles
-from trivet.training.stage import Checkpoint
+from trivet.training.stage import Checkpoint, Context
 
 NOT_PRIVATE = "reproducible, not private"
-_NEIGHBOURS = {
+NEIGHBOURS = {
     "add_remove": "added or removed",
-    "replace": "exchanged for another",
+    "replace": "exchanged for any other",
     "zero_out": "replaced by one that contributes nothing",
 }
+"""What happens to the one record whose traces epsilon bounds, by the claim's adjacency."""
 
 
 class PrivateStage:
     """One stage's spending on `train`, whose SHA-256 is `digest`, over at most `steps` steps."""
 
-    def __init__(self, plan: PrivatePlan, train: Dataset, digest: str, files: StageFiles, steps: int) -> None:
-        self.plan, self.files, self.planned = plan, files, steps
-        self.digest, self.records = digest, len(train)
+    def __init__(self, plan: PrivatePlan, train: Dataset, digest: str, context: Context, steps: int) -> None:
+        self.plan, self.files, self.planned = plan, context.files, steps
+        self.digest, self.records = context.budget_of or digest, len(train)
         self.diagnostics = plan.rule.diagnostics
         self.event, self.delta = plan.mechanism.event, plan.rule.delta
         self.spender: Spender | None = None
         if plan.secret:
-            run = files.run
+            run, purpose = self.files.run, "training" if context.budget_of is None else "leak test"
             spending = Spending(
-                digest, train.name, len(train), run.identity, files.name, str(run.path.resolve()), self.event, 0
+                data=self.digest,
+                name=train.name,
+                records=len(train),
+                run=run.identity,
+                stage=self.files.name,
+                path=str(run.path.resolve()),
+                event=self.event,
+                steps=0,
+                purpose=purpose,
             )
             self.spender = Spender(spending, steps)
         else:
-            print(f"{files.name}: noise_seed is set, so this run is {NOT_PRIVATE}.", file=sys.stderr)
+            print(f"{self.files.name}: noise_seed is set, so this run is {NOT_PRIVATE}.", file=sys.stderr)
 
     def resume(self, step: int) -> int:
         """The step to go on from, having saved the state of `step`: what was spent after it cannot be spent again."""
@@ -86,8 +94,8 @@ class PrivateStage:
     def _claim(self, found: Account, stages: list[dict[str, Any]], checkpoint: Checkpoint) -> PrivacyClaim:
         adjacency = self.event.adjacency
         return PrivacyClaim(
-            statement=f"({rounded_up(found.epsilon)}, {self.delta:g})-differentially private for each of the "
-            f"{self.records:,} training records, {_NEIGHBOURS[adjacency]}.",
+            statement=f"({rounded_up(found.epsilon)}, {delta_text(self.delta)})-differentially private for each of the "
+            f"{self.records:,} training records, {NEIGHBOURS[adjacency]}.",
             value=found.epsilon,
             unit="epsilon",
             obtained={
@@ -133,11 +141,12 @@ class PrivateStage:
     def _elsewhere(self) -> list[str]:
         """What other runs spent on the same records: choosing among models by their quality spends it all."""
         everything = spendings(self.digest)
-        others = {each.run for each in everything} - {self.files.run.identity}
+        others = {each.run: each.purpose for each in everything if each.run != self.files.run.identity}
         if not others:
             return []
         together = in_all(everything, self.delta)
-        count = f"{len(others)} other run{'s' * (len(others) > 1)}"
+        tests = list(others.values()).count("leak test")
+        count = f"{len(others)} other run{'s' * (len(others) > 1)}" + f" ({tests} of them leak tests)" * (tests > 0)
         return [
             f"{count} used the same records; if their models or results are published or guided this one, all "
             f"together spend epsilon {rounded_up(together)}"
@@ -155,6 +164,11 @@ def in_all(spent: Sequence[Spending], delta: float) -> float:
         account([each for each in events if each[0].adjacency == kind], delta / len(kinds), refine=False).epsilon
         for kind in kinds
     )
+
+
+def delta_text(delta: float) -> str:
+    """E.g. "1e-5"."""
+    return f"{delta:g}".replace("e-0", "e-")
 
 
 def rounded_up(epsilon: float) -> str:

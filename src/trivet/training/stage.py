@@ -37,12 +37,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use: the data, the run's seed, and its own corner of the run folder."""
+    """What a stage may use: the data, the run's seed, and its own corner of the run folder.
+
+    `budget_of` is the SHA-256 of the records whose privacy is spent, where those trained on were made from them, as
+    leak tests do; None: those trained on.
+    """
 
     splits: Splits
     seed: int
     files: StageFiles
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    budget_of: str | None = None
 
 
 class Stage(ABC):
