@@ -50,7 +50,7 @@ class TwiceNoised(nn.Module):
         return self.after(self.latent_noise(self.latent(self.input_noise(x))))
 
 
-@method(title="Twice-noised perceptron", legs="robust private")
+@method(title="Twice-noised perceptron", legs="robust")
 def twice_noised_mlp(
     input_shape: tuple[int, int, int],
     num_classes: int,
@@ -84,7 +84,7 @@ def twice_noised_mlp(
     return _assembled(input_scale, latent_scale, scaling, first, nn.Sequential(after), generator)
 
 
-@method(title="Twice-noised CNN", legs="robust private")
+@method(title="Twice-noised CNN", legs="robust")
 def twice_noised_cnn(
     input_shape: tuple[int, int, int],
     num_classes: int,
