@@ -40,6 +40,8 @@ RULES: dict[type[nn.Module], type[Tape]] = {
 }
 """The rule of each layer. Subclasses are not meant: their forward pass may be another."""
 
+_LEAST = 32  # records at once: fewer leave the processor idle between layers
+
 
 @dataclass(frozen=True)
 class BookKeeping(Engine):
@@ -54,16 +56,27 @@ class BookKeeping(Engine):
     products in float32, good to about 1e-6 of the sum of their magnitudes.
 
     Attributes:
-        records: held in memory at once.
+        records: held in memory at once at most.
+        budget: bytes that gradients of single records may take, beyond which fewer are held; 32 always are.
     """
 
     records: int = 256
+    budget: int = 2**28
 
     def __post_init__(self) -> None:
         require(self.records >= 1, f"records={self.records} must be at least 1.")
+        require(self.budget >= 1, f"budget={self.budget} must be at least 1.")
 
     def at_once(self, model: nn.Module) -> int:
-        return self.records
+        # An upper estimate: whether a convolution's are held at all depends on the size of its output.
+        row = sum(
+            p.numel() * p.element_size()
+            for layer in _layers(model)
+            if type(layer) not in (nn.Linear, nn.Embedding)
+            for p in layer.parameters()
+            if p.requires_grad
+        )
+        return min(self.records, max(_LEAST, self.budget // max(row, 1)))
 
     def refusal(self, model: nn.Module) -> str | None:
         coupled = coupling(model)

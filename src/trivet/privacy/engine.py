@@ -60,7 +60,7 @@ class Engine(ABC):
 
     @abstractmethod
     def at_once(self, model: nn.Module) -> int:
-        """How many records to hold in memory together."""
+        """How many records to hold in memory together at most."""
 
     @abstractmethod
     def part(self, model: nn.Module, batch: Batch, perturbed: Tensor, losses: Losses, factors: Factors) -> ClippedSum:
@@ -81,19 +81,19 @@ class Engine(ABC):
             0 < len(batch) == len(perturbed),
             f"there are {len(batch)} records and {len(perturbed)} perturbed inputs; each record needs its own.",
         )
+        parts = -(-len(batch) // self.at_once(model))
+        size = -(-len(batch) // parts)  # alike, for a small last part would waste a pass
+        total: list[Tensor] = []
+        norms: list[Tensor] = []
+        found: list[PerExample] = []
         with _left_alone(model), torch.enable_grad():
-            parts = [
-                self.part(model, batch.select(slice(i, i + size)), perturbed[i : i + size], losses, factors)
-                for size in (self.at_once(model),)
-                for i in range(0, len(batch), size)
-            ]
-        if len(parts) == 1:
-            return parts[0]
-        return ClippedSum(
-            [torch.stack(each).sum(0) for each in zip(*(part.total for part in parts), strict=True)],
-            torch.cat([part.norms for part in parts]),
-            _together([part.found for part in parts]),
-        )
+            for i in range(0, len(batch), size):
+                rows = slice(i, i + size)
+                done = self.part(model, batch.select(rows), perturbed[rows], losses, factors)
+                total = [mine.add_(its) for mine, its in zip(total, done.total, strict=True)] if i else done.total
+                norms.append(done.norms)
+                found.append(done.found)
+        return ClippedSum(total, torch.cat(norms), _together(found))
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
@@ -130,7 +130,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _together(found: Sequence[PerExample]) -> Found:
+def _together(found: Sequence[PerExample]) -> PerExample:
+    if len(found) == 1:
+        return found[0]
     sizes = torch.tensor([len(each.per_example) for each in found], dtype=torch.float32)
     log = {}
     for name, value in found[0].log.items():

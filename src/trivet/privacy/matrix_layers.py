@@ -20,6 +20,8 @@ from trivet.errors import BadValue
 from trivet.privacy.engine import wide
 from trivet.privacy.layers import Session, Tape, without
 
+_ROWS = 64  # rows that one convolution of many groups treats: enough for all its threads
+
 
 class MatrixTape(Tape):
     """What linear layers and convolutions share: the choice, and the calls kept where only norms were computed.
@@ -197,22 +199,26 @@ class ConvolutionTape(MatrixTape):
         return x.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     def materialise(self, a: Tensor, b: Tensor) -> Tensor:
-        """One convolution of rows * groups groups: every row is a group of its own."""
+        """Convolutions of rows * groups groups: every row is a group of its own."""
         a, b, stride, padding = self._flat(a, b)
-        rows, (outputs, channels, *patch) = len(a), self._shape
+        outputs, channels, *patch = self._shape
         # The kernels for many groups work in blocks of eight channels; filled up, three take half the time.
         fill = 8 - channels if 1 < channels < 8 and self.module.groups == 1 and a.device.type == "cpu" else 0
-        if fill:
-            a = F.pad(a, (0, 0, 0, 0, 0, fill))
-        found = self._by_weight(
-            a.reshape(1, -1, *a.shape[2:]),
-            b.reshape(1, -1, *b.shape[2:]),
-            a.new_empty(rows * outputs, channels + fill, *patch),
-            stride,
-            padding,
-            rows * self.module.groups,
-        )
-        return found.view(rows, outputs, channels + fill, *patch)[:, :, :channels].contiguous()
+        found = b.new_empty(len(a), outputs, channels, *patch)
+        # In parts, for the kernels rearrange what they return, which would take as much memory again.
+        for start in range(0, len(a), _ROWS):
+            here, rows = slice(start, start + _ROWS), min(_ROWS, len(a) - start)
+            of_part = F.pad(a[here], (0, 0, 0, 0, 0, fill)) if fill else a[here]
+            by_weight = self._by_weight(
+                of_part.reshape(1, -1, *a.shape[2:]),
+                b[here].reshape(1, -1, *b.shape[2:]),
+                a.new_empty(rows * outputs, channels + fill, *patch),
+                stride,
+                padding,
+                rows * self.module.groups,
+            )
+            found[here] = by_weight.view(rows, outputs, channels + fill, *patch)[:, :, :channels]
+        return found
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         a, b, stride, padding = self._flat(a, b)
