@@ -183,7 +183,7 @@ class Tape(ABC):
         gradient = gradient.to(wide(gradient.dtype))
         if len(gradient) != self.session.records:
             gradient = gradient.unflatten(0, (self.session.records, -1)).sum(1)
-        gradient = gradient.view(-1, *self.effective[name].value.shape)  # type: ignore[union-attr]
+        gradient = gradient.reshape(-1, *self.effective[name].value.shape)  # type: ignore[union-attr]
         # Not in place: the first may be the gradient that autograd passes on.
         self.rows[name] = self.rows[name] + gradient if name in self.rows else gradient
 
