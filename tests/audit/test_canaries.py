@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trivet.audit.leak_test import StageTrainer
 from trivet.data.dataset import Dataset, Splits
 from trivet.data.digits import digits
 from trivet.errors import BadValue
-from trivet.methods import spec_of
+from trivet.methods import build, spec_of
 from trivet.models.mlp import mlp
 from trivet.objectives.free_at import FreeAt
 from trivet.objectives.objective import Progress
@@ -177,6 +178,31 @@ def test_the_watched_score_is_the_sum_of_inner_products_step_by_step(data: Split
                 parameter -= 0.1 * gradient
     found = there.scores(StageTrainer([], small, data.test, seed=0), model, 0)
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet", "small_cnn"])
+def test_convolution_nets_in_any_layout_can_be_watched(data: Splits, name: str) -> None:
+    settings = {"depth": 8, "norm": "group"} if name == "resnet" else {}
+    there = planted(data.train, "mislabelled", coins(6), watch=True)
+    spec = {"name": name, **settings}
+    model = build("models", spec, input_shape=(1, 8, 8), num_classes=10).to(memory_format=torch.channels_last)
+    there.model(model)
+    objective = there.objective(Plain())
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training step of that precision
+        objective.perturb(model, there.train.batch(torch.arange(4)), PROGRESS)
+        objective.perturb(model, there.train.batch(torch.arange(4)), replace(PROGRESS, step=1))
+    canaries = there.canaries.batch(torch.arange(6))
+    losses = cross_entropy(model.eval()(canaries.inputs), canaries.labels)
+    moves = [1e-2 * torch.randn(each.shape) for each in model.parameters()]
+    expected = []
+    for loss in losses:
+        own = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        expected.append(-sum((gradient * move).sum() for gradient, move in zip(own, moves, strict=True)))
+    with torch.no_grad():
+        for parameter, move in zip(model.parameters(), moves, strict=True):
+            parameter += move
+    found = there.scores(StageTrainer([], small, data.test, seed=0), model, 0)
+    torch.testing.assert_close(found.float(), torch.stack(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_looking_at_another_model_does_not_disturb_the_watch(data: Splits) -> None:

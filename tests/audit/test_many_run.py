@@ -103,6 +103,14 @@ def test_a_threshold_chosen_on_the_counted_runs_would_be_noticed() -> None:
     assert honest <= too_often < mutant
 
 
+def test_what_the_first_halves_show_is_not_counted() -> None:
+    ones, zeros = np.ones(20), np.zeros(20)
+    found = many_run_bound(np.concatenate([ones, zeros]), np.concatenate([zeros, zeros]), 0.0)
+    assert (found.lower, found.mu, found.hits, found.false_alarms) == (0, 0, 0, 0)
+    found = many_run_bound(np.concatenate([ones, ones]), np.concatenate([zeros, ones]), 0.0)
+    assert (found.lower, found.mu, found.hits, found.false_alarms) == (0, 0, 20, 20)
+
+
 def test_without_noise_it_reaches_its_ceiling_and_exceeds_any_claim_below() -> None:
     found = many_run_audit(lambda with_canary, _: float(with_canary), 1000, 0.0)
     assert found.lower == found.ceiling == pytest.approx(4.9056, abs=5e-5)

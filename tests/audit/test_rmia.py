@@ -49,6 +49,12 @@ def test_a_record_the_model_favours_more_scores_no_lower() -> None:
     assert 0 <= float(scores[0]) < float(scores[-1]) <= 1
 
 
+def test_a_tie_counts_as_beaten() -> None:
+    half, shadow = torch.tensor([0.5]).double(), torch.tensor([[0.25], [0.25]]).double()
+    test = Rmia(shadows=2)
+    assert test.scores(half, shadow, torch.tensor([[True], [False]]), half, shadow).tolist() == [1.0]
+
+
 def test_a_record_favoured_by_every_model_is_no_member_for_that() -> None:
     """What a likelihood threshold would call the surest member is ordinary beside the shadow models."""
     x = torch.tensor([0.99, 0.5]).double()

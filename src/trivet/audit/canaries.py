@@ -205,7 +205,12 @@ class _Watch:
         if model is not self.model or step == self.step:
             return
         self.step = step
-        now = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+        # Contiguous: forward-mode differentiation of GroupNorm fails on the channels-last layout.
+        now = {
+            name: each.detach().clone(memory_format=torch.contiguous_format)
+            for name, each in model.named_parameters()
+            if each.requires_grad
+        }
         if self.before:
             self._add(model, now)
         self.before = now
@@ -218,9 +223,11 @@ class _Watch:
     @torch.no_grad()
     def _add(self, model: nn.Module, now: dict[str, Tensor]) -> None:
         moved = {name: now[name] - before for name, before in self.before.items()}
-        with evaluating(model):
+        device = next(iter(now.values())).device
+        # In full precision: training may have asked for autocast, which forward mode does not follow.
+        with evaluating(model), torch.autocast(device.type, enabled=False):
             for first, batch in zip(range(0, len(self.canaries), 500), self.canaries.batches(500), strict=True):
-                here = batch.to(next(iter(now.values())).device)
+                here = batch.to(device)
 
                 def loss(weights: dict[str, Tensor], here: Batch = here) -> Tensor:
                     return cross_entropy(torch.func.functional_call(model, weights, here.inputs), here.labels)
