@@ -9,8 +9,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 import harness
 import trivet
+from trivet.claims import PrivacyClaim
+
+
+@torch.no_grad()
+def accuracy(run: trivet.Run) -> float:
+    """Clean accuracy on the whole test set; the audit may look at fewer records."""
+    test = run.plan.splits().test
+    model = run.model(test)
+    return sum(int((model(b.inputs).argmax(1) == b.labels).sum()) for b in test.batches(1000)) / len(test)
 
 
 def main() -> None:
@@ -30,6 +41,12 @@ def main() -> None:
             "recipe": subject.recipe,
             "sessions": run.folder.status["sessions"],
             "log": [line for number, line in enumerate(subject.log) if number % 10 == 0],
+            "accuracy_on_all_test_records": accuracy(run),
+            "privacy": [
+                claim.model_dump(mode="json")
+                for claim in subject.claims
+                if isinstance(claim, PrivacyClaim) and claim.holds
+            ],
             "findings": subject.findings.model_dump(mode="json"),
         },
     )
