@@ -343,7 +343,8 @@ def _leaks(found: Target, ledger: Ledger) -> tuple[LeakFinding, ...]:
         device_of(found.model),
         budget_of=splits.train.digest(),
     )
-    claimed = next((claim for claim in reversed(ledger.holding) if isinstance(claim, PrivacyClaim)), None)
+    # The last claim, though an earlier audit may have ended it: what was refuted once is held against it again.
+    claimed = next((claim for claim in reversed(ledger.claims) if isinstance(claim, PrivacyClaim)), None)
     return tuple(test.run(trainer, splits, seed=found.seed, claimed=claimed) for test in found.plan.audit.leaks)
 
 

@@ -12,8 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trivet.certify.divergence_radius import gaussian_reach, laplace_reach
-from trivet.models.gaussian_mechanism import delta_of
-from trivet.statistics import normal_quantile
+from trivet.statistics import gaussian_delta, normal_quantile
 
 BOUNDS = ("classical", "heterogeneous", "analytic")
 
@@ -69,7 +68,7 @@ def test_the_order_of_the_scores_survives_at_the_radius(bound: Any) -> None:
     for lower, upper in [(0.99, 0.01), (0.6, 0.2), (0.5, 0.001)]:
         shift = gaussian_reach(lower, upper, bound)
         grid = np.linspace(0, math.log(lower / upper) / 2, 2_001)
-        slack = [lower - math.exp(2 * e) * upper - (1 + math.exp(e)) * delta_of(float(e), shift) for e in grid]
+        slack = [lower - math.exp(2 * e) * upper - (1 + math.exp(e)) * gaussian_delta(float(e), shift) for e in grid]
         assert max(slack) >= -1e-9
 
 

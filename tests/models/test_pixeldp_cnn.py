@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from trivet.errors import BadValue
 from trivet.methods import build
-from trivet.models.gaussian_mechanism import delta_of
 from trivet.models.heterogeneous_noise import heterogeneous_noise_cnn, redistribution_of
 from trivet.models.noise_layer import NoiseLayer, NoisyNetwork
 from trivet.models.pixeldp import pixeldp_cnn
 from trivet.models.sensitivity import sensitivity
+from trivet.statistics import gaussian_delta
 
 SHAPE = (1, 8, 8)
 
@@ -29,7 +29,7 @@ def moves(model: NoisyNetwork, attack: Any) -> float:
 def test_the_noise_hides_the_construction_attack_as_the_paper_says() -> None:
     gaussian = pixeldp_cnn(SHAPE, 10, attack_size=0.2, epsilon=0.5, delta=0.01, hidden=8, mean=[0.3], std=[0.4])
     assert float(gaussian.noise.scales) == pytest.approx(0.2 * math.sqrt(2 * math.log(125)) / 0.5)
-    assert delta_of(0.5, 0.2 * moves(gaussian, "L2")) <= 0.01
+    assert gaussian_delta(0.5, 0.2 * moves(gaussian, "L2")) <= 0.01
     laplace = pixeldp_cnn(SHAPE, 10, noise="laplace", attack_norm="L1", attack_size=0.2, epsilon=0.5, hidden=8)
     assert float(laplace.noise.scales) == pytest.approx(0.4)
     assert 0.2 * moves(laplace, "L1") == pytest.approx(0.5, rel=1e-5)
@@ -42,7 +42,7 @@ def test_heterogeneous_noise_hides_it_too_whatever_the_redistribution(calibratio
         model = heterogeneous_noise_cnn(
             SHAPE, 10, attack, 0.3, epsilon=2.0, delta=1e-3, redistribution=r, calibration=calibration, hidden=8
         )
-        true = delta_of(2.0, 0.3 * moves(model, attack))
+        true = gaussian_delta(2.0, 0.3 * moves(model, attack))
         assert true <= 1e-3 * (1 + 1e-4)  # the scales are float32
         if calibration == "analytic":
             assert true == pytest.approx(1e-3, rel=1e-2)

@@ -378,6 +378,21 @@ def test_objectives_that_mix_records_are_refused(objective: Objective, reason: s
         require_independence(network(), objective, DATA)
 
 
+class StacksViewByView(Plain):
+    """Two views of each record, all first views before all second ones."""
+
+    def losses(self, model: nn.Module, batch: Batch, perturbed: Tensor, progress: Progress) -> Losses:
+        logits = model(torch.cat([perturbed, perturbed.flip(-1)]))
+        both = nn.functional.cross_entropy(logits, batch.labels.repeat(2), reduction="none")
+        return Losses(both.view(2, -1).sum(0))
+
+
+def test_views_in_an_order_that_clipping_cannot_follow_are_refused_unless_each_record_is_treated_alone() -> None:
+    with pytest.raises(TrivetError, match="in an order that clipping cannot follow"):
+        require_independence(network(), StacksViewByView(), DATA)
+    require_independence(network(), StacksViewByView(), DATA, "materialised")
+
+
 def test_the_engines_of_the_tests_are_the_ones_that_train() -> None:
     assert plan(engine="materialised").rule.engine == "materialised"
     assert engine_for(linear(), "materialised").refusal(linear()) is None

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trivet.models.gaussian_mechanism import delta_of, heterogeneous_multiplier
+from trivet.models.gaussian_mechanism import heterogeneous_multiplier
+from trivet.statistics import gaussian_delta
 
 Bound = Literal["classical", "heterogeneous", "analytic"]
 
@@ -63,15 +64,15 @@ def _searched(lower: float, upper: float, bound: Bound) -> float:
 
 
 def _farthest(eps: float, delta: float, best: float) -> float:
-    """The largest shift above `best` with delta_of(eps, shift) <= delta, from below; `best` if there is none."""
-    if delta <= 0 or delta_of(eps, best * (1 + 1e-9) + 1e-9) > delta:
+    """The largest shift above `best` with gaussian_delta(eps, shift) <= delta, from below; `best` if there is none."""
+    if delta <= 0 or gaussian_delta(eps, best * (1 + 1e-9) + 1e-9) > delta:
         return best
     low, high = best, max(2 * best, 1.0)
-    while delta_of(eps, high) <= delta:
+    while gaussian_delta(eps, high) <= delta:
         low, high = high, 2 * high
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if delta_of(eps, middle) <= delta else (low, middle)
+        low, high = (middle, high) if gaussian_delta(eps, middle) <= delta else (low, middle)
     return low
 
 

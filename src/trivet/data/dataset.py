@@ -33,7 +33,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.inputs.to(device), self.labels.to(device), self.index.to(device))
 
-    def select(self, index: Tensor | slice) -> Batch:
+    def select(self, index: Tensor | slice | list[int]) -> Batch:
         """Some of its records."""
         return Batch(self.inputs[index], self.labels[index], self.index[index])
 

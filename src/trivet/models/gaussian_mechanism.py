@@ -9,21 +9,7 @@ from __future__ import annotations
 import math
 
 from trivet.errors import require
-
-
-def delta_of(epsilon: float, shift: float) -> float:
-    """The smallest delta at `epsilon` where S / sigma is `shift` (Balle & Wang, ICML 2018, theorem 8).
-
-    delta = Phi(shift / 2 - epsilon / shift) - e^epsilon Phi(-shift / 2 - epsilon / shift): exact, nothing is slack.
-    """
-    if shift <= 0:
-        return 0.0
-    from scipy.special import log_ndtr
-
-    head = log_ndtr(shift / 2 - epsilon / shift)
-    tail = epsilon + log_ndtr(-shift / 2 - epsilon / shift)
-    # Rounding can leave the tail a hair above the head where both vanish.
-    return float(math.exp(head) * -math.expm1(min(tail - head, 0.0)))
+from trivet.statistics import gaussian_mu
 
 
 def classical_multiplier(epsilon: float, delta: float) -> float:
@@ -45,13 +31,7 @@ def heterogeneous_multiplier(epsilon: float, delta: float) -> float:
 
 
 def analytic_multiplier(epsilon: float, delta: float) -> float:
-    """The smallest sigma / S that is enough (Balle & Wang, ICML 2018), by bisection, rounded up."""
+    """The smallest sigma / S that is enough (Balle & Wang, ICML 2018), rounded up."""
     require(0 <= epsilon < math.inf, f"epsilon={epsilon} must be finite and not negative.")
     require(0 < delta < 1, f"delta={delta} must lie strictly between 0 and 1.")
-    low, high = 0.0, 1.0  # shifts: the first is allowed, the second is not
-    while delta_of(epsilon, high) <= delta:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if delta_of(epsilon, middle) <= delta else (low, middle)
-    return 1 / low
+    return (1 + 1e-12) / gaussian_mu(epsilon, delta)

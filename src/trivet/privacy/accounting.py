@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from trivet.data.extras import extra
 from trivet.errors import require
 from trivet.privacy.mechanism import Event
+from trivet.statistics import gaussian_delta, gaussian_epsilon, gaussian_mu
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -86,7 +87,7 @@ def delta_for(spent: Spent, epsilon: float) -> float:
     if math.isinf(total.mu):
         return 1.0
     if not total.sampled:
-        return math.exp(_log_gaussian_delta(epsilon, total.mu))
+        return gaussian_delta(epsilon, total.mu)
     found, _ = _refined(total, lambda pld: float(pld.get_delta_for_epsilon(epsilon)))
     return min(found, 1.0)
 
@@ -207,7 +208,7 @@ def _account(total: _Total, delta: float, refine: bool) -> Account:
         rdp = _renyi(total, delta)
         return Account(rdp, delta, 0.0, rdp, 0.0, "rdp of the discrete Gaussian")
     if not total.sampled:
-        exact = _gaussian_epsilon(total.mu, delta)
+        exact = gaussian_epsilon(total.mu, delta)
         return Account(exact, delta, exact * (1 - 1e-9), _renyi(total, delta), 0.0, "gaussian, closed form")
     require(
         delta >= _LEAST_DELTA,
@@ -219,32 +220,6 @@ def _account(total: _Total, delta: float, refine: bool) -> Account:
         return Account(_epsilon_on(total, delta, grid), delta, 0.0, math.inf, grid, named)
     epsilon, grid = _refined(total, lambda pld: float(pld.get_epsilon_for_delta(delta)))
     return Account(epsilon, delta, _lower(total, delta, epsilon), _renyi(total, delta), grid, named)
-
-
-# The Gaussian in closed form.
-
-
-def _log_gaussian_delta(epsilon: float, mu: float) -> float:
-    """log of delta = Phi(-eps / mu + mu / 2) - e^eps Phi(-eps / mu - mu / 2), from logarithms, for the far tails."""
-    from scipy.special import log_ndtr
-
-    first = float(log_ndtr(-epsilon / mu + mu / 2))
-    ratio = epsilon + float(log_ndtr(-epsilon / mu - mu / 2)) - first
-    return first + math.log(-math.expm1(ratio)) if ratio < 0 else -math.inf
-
-
-def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """The least epsilon of one Gaussian, by bisection, from above."""
-    goal = math.log(delta)
-    if _log_gaussian_delta(0.0, mu) <= goal:
-        return 0.0
-    low, high = 0.0, mu * mu / 2 + mu * math.sqrt(-2 * goal)  # Phi(-t) <= exp(-t^2 / 2)
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (low, middle) if _log_gaussian_delta(middle, mu) <= goal else (middle, high)
-    return high
 
 
 # Privacy loss distributions.
@@ -382,13 +357,10 @@ def _sampled_moment_between(q: float, z: float, a: float) -> float:
 
 def _guess(event: Event, steps: int, epsilon: float, delta: float) -> float:
     """Where the limit of many steps (Bu et al. 2020) would have the answer: a place to begin, never an answer."""
-    low, high = 1e-6, 1e6
-    while high / low > 1.001:
-        mu = math.sqrt(low * high)
-        low, high = (mu, high) if _gaussian_epsilon(mu, delta) <= epsilon else (low, mu)
+    mu = gaussian_mu(epsilon, delta)
     if event.sampler == "shuffled":
-        return math.sqrt(_passes(event.rate, steps)) / low
-    return 1 / math.sqrt(math.log1p((low / event.rate) ** 2 / steps))
+        return math.sqrt(_passes(event.rate, steps)) / mu
+    return 1 / math.sqrt(math.log1p((mu / event.rate) ** 2 / steps))
 
 
 def _bracket(spends: Callable[[float], float], epsilon: float, guess: float) -> tuple[float, float]:

@@ -151,7 +151,7 @@ class _Loop:
         self.result: dict[str, Any] = {}
         self.private: PrivateStage | None = None
         if isinstance(self.plan, PrivatePlan):
-            require_independence(model, fit.objective, self.train)
+            require_independence(model, fit.objective, self.train, self.plan.rule.engine)
             self.private = PrivateStage(self.plan, self.train, self.digest, context, self.steps)
             if self.plan.secret:  # who knew the objective's draws could subtract the other records
                 self.seed = secrets.randbits(63)

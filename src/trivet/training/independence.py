@@ -17,22 +17,27 @@ from trivet.data.dataset import Batch, Dataset
 from trivet.errors import TrivetError
 from trivet.models.modes import evaluating
 from trivet.objectives.objective import Objective, Progress
+from trivet.privacy.engines import Name, engine_for
+from trivet.privacy.gradient_rule import PerExample
 
 _RECORDS = 4
 _TOLERANCE = 1e-6  # relative, in float64: rounding lies at 1e-15, coupling far above
 
 
-def require_independence(model: nn.Module, objective: Objective, data: Dataset) -> None:
+def require_independence(model: nn.Module, objective: Objective, data: Dataset, engine: Name = "auto") -> None:
     """Refuse a `model` and `objective` that couple records of the shape of `data`; neither is changed.
 
-    The images are random: what is found out depends on no private record.
+    So is an objective whose records the clipping `engine` would take for others: one that stacks its views in
+    another order than record by record. The images are random: what is found out depends on no private record.
 
     Raises:
         TrivetError: with the module, where one is to blame, and the mend.
     """
     _require_no_batch_statistics(model)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        _probe(copy.deepcopy(model).cpu().double().train(), objective, data)
+        probed, records = copy.deepcopy(model).cpu().double().train(), _random_records(data)
+        _probe(probed, objective, records)
+        _require_exact_sums(probed, objective, records, engine)
 
 
 def _require_no_batch_statistics(model: nn.Module) -> None:
@@ -47,12 +52,15 @@ def _require_no_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _probe(model: nn.Module, objective: Objective, data: Dataset) -> None:
+def _random_records(data: Dataset) -> Batch:
+    """Twice _RECORDS records, in float64."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2 * _RECORDS, *data.input_shape)
-    inputs = torch.rand(shape, generator=generator, dtype=torch.float64)
+    inputs = torch.rand((2 * _RECORDS, *data.input_shape), generator=generator, dtype=torch.float64)
     labels = torch.randint(data.num_classes, (2 * _RECORDS,), generator=generator)
-    records = Batch(inputs, labels, torch.arange(2 * _RECORDS) % len(data))
+    return Batch(inputs, labels, torch.arange(2 * _RECORDS) % len(data))
+
+
+def _probe(model: nn.Module, objective: Objective, records: Batch) -> None:
     ours = torch.arange(_RECORDS)
     others = torch.cat([ours[:1], ours[1:] + _RECORDS])
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -71,6 +79,29 @@ def _probe(model: nn.Module, objective: Objective, data: Dataset) -> None:
                 "records out of the model or the loss."
             )
     _require_no_batch_size(model, objective, records.select(ours))
+
+
+def _require_exact_sums(model: nn.Module, objective: Objective, records: Batch, engine: Name) -> None:
+    """The engine's clipped sum must be that of records which are treated one at a time."""
+    progress = Progress(step=1, steps=2, epoch=0.5, seed=0)
+    perturbed = objective.perturb(model, records, progress)
+
+    def losses(model: nn.Module, batch: Batch, perturbed: Tensor) -> PerExample:
+        return objective.losses(model, batch, perturbed, progress)
+
+    def clipped(batch: Batch, inputs: Tensor) -> Tensor:
+        found = chosen.clipped_sum(model, batch, inputs, losses, lambda norms: 1 / (1 + norms))
+        return torch.cat([each.flatten() for each in found.total])
+
+    with evaluating(model):  # without Dropout, whose draws depend on the shape
+        chosen = engine_for(model, engine)
+        together, again = (clipped(records, perturbed) for _ in range(2))
+        alone = sum(clipped(records.select([i]), perturbed[i : i + 1]) for i in range(len(records)))
+    if _close(together, again) and not _close(together, torch.as_tensor(alone)):
+        raise TrivetError(
+            f"{type(objective).__name__} hands the views of its records to the model in an order that clipping cannot "
+            "follow; stack them record by record, as perturbed.flatten(0, 1) does, or set engine: materialised."
+        )
 
 
 def _first_record(model: nn.Module, objective: Objective, batch: Batch) -> Iterator[Tensor]:
