@@ -34,7 +34,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/demo.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[digits]"
+	$(BIN)/python -m pip install --quiet -e ".[digits,private]"
 	touch $@
 
 .venv/dev.installed: pyproject.toml constraints.txt | .venv/bin/python
