@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smooth_adv": {"sigma": 0.25, "samples": 2, "steps": 2},
     "macer": {"sigma": 0.25, "samples": 4, "defer": 0.0},
     "consistency": {"sigma": 0.25},
+    "cat_rs": {"sigma": 0.25, "samples": 2, "steps": 2},
     "dp_cert": {"sigma": 0.25},
     "augmentation_multiplicity": {
         "augment": [{"name": "random_crop", "padding": 1}],
