@@ -16,6 +16,7 @@ from trivet.models.modes import evaluating
 from trivet.models.normalize import Normalize
 from trivet.models.preact_resnet import PreActBlock
 from trivet.models.resnet import BasicBlock, resnet
+from trivet.models.single_prop_cnn import single_prop_cnn
 from trivet.models.small_cnn import small_cnn
 from trivet.models.surrogate import surrogate
 from trivet.models.trades_cnn import trades_cnn
@@ -38,6 +39,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "stobatch_cnn": {"batch_size": 32},
     "twice_noised_mlp": {"hidden": [20, 10]},
     "twice_noised_cnn": {},
+    "single_prop_cnn": {"size": "medium"},
+    "cnn7": {"width": 4, "hidden": 16},
 }
 
 
@@ -109,6 +112,7 @@ def test_the_same_generator_gives_the_same_first_weights_whatever_the_global_see
         ({"name": "wide_resnet", "depth": 28, "widen_factor": 10}, (3, 32, 32), 36.5e6, 0.05e6),
         ({"name": "wide_resnet", "depth": 16, "widen_factor": 8}, (3, 32, 32), 11.0e6, 0.05e6),
         ({"name": "wide_resnet", "depth": 40, "widen_factor": 4}, (3, 32, 32), 8.9e6, 0.05e6),
+        ({"name": "cnn7"}, (3, 32, 32), 17.2e6, 0.05e6),
     ],
 )
 def test_parameter_counts_are_the_published_ones(
@@ -149,6 +153,8 @@ def test_too_small_an_image_is_refused_in_a_sentence(name: str, smallest: int) -
         ({"name": "wide_resnet", "widen_factor": 0}, "widen_factor=0"),
         ({"name": "mlp", "hidden": [0]}, "hidden=.0."),
         ({"name": "small_cnn", "width": 0}, "width=0"),
+        ({"name": "cnn7", "width": 0}, "width=0"),
+        ({"name": "cnn7", "hidden": 0}, "hidden=0"),
         ({"name": "trades_cnn", "dropout": 1.0}, "dropout=1.0"),
         ({"name": "mlp", "mean": [0.5], "std": [0.2]}, "1 values, but inputs have 3 channels"),
         ({"name": "mlp", "mean": [0.5], "std": [0.2, 0.1]}, "mean has 1 values and std 2"),
@@ -194,6 +200,47 @@ def test_default_weights_fill_the_interval_of_one_over_root_fan_in() -> None:
     bound = 1 / math.sqrt(32 * 7 * 7)
     assert weight.detach().abs().max() <= bound
     assert abs(float(weight.detach().var()) / (bound**2 / 3) - 1) < 0.02
+
+
+def test_weights_for_interval_bounds_have_the_deviation_of_the_paper_and_the_last_layer_the_default() -> None:
+    model = single_prop_cnn((1, 28, 28), 10, size="medium", weights="ibp")
+    weight = model.get_submodule("fc1").weight
+    # 524,288 draws: the sample deviation is within 1 % of the true one but for odds below 1e-20.
+    assert abs(float(weight.detach().std()) * 1024 / math.sqrt(2 * math.pi) - 1) < 0.01
+    bound = 1 / math.sqrt(512)
+    last = model.get_submodule("logits").weight.detach()
+    assert 0.9 * bound < float(last.abs().max()) <= bound
+
+
+@pytest.mark.parametrize(
+    ("size", "maps", "fan_in"),
+    [
+        ("small", [(16, 14), (32, 14)], [16, 256, 6272, 100]),
+        ("medium", [(32, 26), (32, 12), (64, 10), (64, 4)], [9, 512, 288, 1024, 1024, 512, 512]),
+        ("wide", [(128, 28), (256, 14), (512, 7)], [9, 1152, 2304, 25088, 1024]),
+        ("large", [(64, 28), (64, 28), (128, 14), (128, 14), (128, 14)], [9, 576, 576, 1152, 1152, 25088, 512]),
+    ],
+)
+def test_single_prop_networks_have_the_maps_of_their_code_on_mnist(size: Any, maps: Any, fan_in: Any) -> None:
+    """28 pixels through strides and paddings as TensorFlow's SAME and VALID have them."""
+    model = single_prop_cnn((1, 28, 28), 10, size=size)
+    weighted = [m for m in model if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [m.weight[0].numel() for m in weighted] == fan_in
+    x, seen = torch.rand(1, 1, 28, 28), []
+    for module in model:
+        x = module(x)
+        if isinstance(module, nn.Conv2d):
+            seen.append((x.shape[1], x.shape[2]))
+    assert seen == maps
+    assert all(not m.bias.any() for m in weighted)
+    widest = max(weighted, key=lambda m: m.weight.numel()).weight.detach()
+    assert abs(float(widest.var()) * widest[0].numel() - 1) < 0.02
+
+
+def test_the_odd_row_of_padding_lies_below_and_on_the_right() -> None:
+    """TensorFlow pads a kernel of 4 at stride 1 by one before and two after."""
+    pad = single_prop_cnn((1, 8, 8), 10).get_submodule("pad2")
+    assert tuple(pad.padding) == (1, 2, 1, 2)
 
 
 def test_trades_network_starts_with_all_logits_zero() -> None:

@@ -19,6 +19,8 @@ from trivet.data.dataset import Dataset, Splits
 from trivet.errors import BadValue, TrivetError
 from trivet.files import load_tensors, sole_writer
 from trivet.methods import build
+from trivet.objectives.objective import Progress
+from trivet.objectives.plain import Plain
 from trivet.training.fit import Fit
 from trivet.training.folder import RunFolder
 from trivet.training.pipeline import run_stages
@@ -320,6 +322,49 @@ def test_the_best_held_out_weights_are_kept(tmp_path: Path) -> None:
     assert done.history[0]["best_held_out"] == max(scores)
 
 
+def test_an_l1_penalty_pulls_weights_by_their_sign_and_leaves_biases_and_norms_alone(tmp_path: Path) -> None:
+    """One plain step with and without: the weights differ by rate * l1 * sign(weight)."""
+    one_step = {
+        "epochs": 1,
+        "batch_size": 96,
+        "optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0, "weight_decay": 0},
+    }
+    one_step["schedule"] = "constant"
+    before = dict(net().named_parameters())
+    plain, pulled = (
+        dict(trained(fit(l1=l1, **one_step), tmp_path / str(l1)).model.named_parameters()) for l1 in (0.0, 0.01)
+    )
+    for name, weight in before.items():
+        expected = 0.005 * weight.sign() if weight.ndim > 1 else torch.zeros_like(weight)
+        torch.testing.assert_close(plain[name] - pulled[name], expected, rtol=0, atol=1e-6)
+
+
+class Judging(Plain):
+    """Adapts to held-out records: its weight is how often it has judged, and it is part of a resumed run."""
+
+    needs_holdout = True
+
+    def __init__(self) -> None:
+        self.judged: list[tuple[int, bool, float]] = []
+
+    def judge(self, model: nn.Module, held: Dataset, progress: Progress) -> dict[str, float]:
+        self.judged.append((len(held), model.training, progress.fraction))
+        return {"held_twice": 2.0}
+
+
+def test_an_objective_judges_the_held_out_records_after_every_epoch_and_its_numbers_are_logged(tmp_path: Path) -> None:
+    objective = Judging()
+    trained(Fit(objective, epochs=2, batch_size=20, holdout=16), tmp_path / "run")
+    assert objective.judged == [(16, False, 0.5), (16, False, 1.0)]
+    log = RunFolder.open(tmp_path / "run").read_log()
+    assert [line["held_twice"] for line in log if "held_clean" in line] == [2.0, 2.0]
+
+
+def test_an_objective_that_adapts_needs_records_to_adapt_to() -> None:
+    with pytest.raises(BadValue, match="holdout=0 leaves Judging no records"):
+        Fit(Judging())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_mend(tmp_path: Path) -> None:
     with pytest.raises(TrivetError, match=r"not finite at step \d+.*lower the learning rate"):
         trained(fit(optimizer={"name": "sgd", "lr": 1e30}), tmp_path / "run")
@@ -333,6 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_mend(tmp_path: Path) -> 
         ({"batch_size": 0}, "batch_size=0"),
         ({"average": 1.0}, r"average=1\.0"),
         ({"keep": "best"}, "needs holdout"),
+        ({"l1": -1e-6}, "l1=-1e-06 must not be negative"),
         ({"keep": "latest"}, "'last' or 'best'"),
         ({"optimizer": {"name": "sgd", "lr": 0}}, "lr=0"),
         ({"schedule": {"name": "piecewise", "at": [2]}}, "fractions of training"),

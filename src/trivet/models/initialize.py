@@ -41,6 +41,27 @@ def kaiming_(model: nn.Module, generator: torch.Generator | None = None, *, fan:
 
 
 @torch.no_grad()
+def fan_in_(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """LeCun et al. (1998): weights normal with variance 1 / fan_in, biases zero."""
+    for layer in _layers(model):
+        layer.weight.normal_(std=1.0 / math.sqrt(_fan_in(layer)), generator=generator)
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+@torch.no_grad()
+def ibp_(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Shi et al. (NeurIPS 2021): weights normal with deviation sqrt(2 pi) / fan_in, but the last layer's.
+
+    A layer then hands on intervals as wide as those it gets, where the usual rules widen them layer by layer. The
+    last layer's weights and all biases are PyTorch's default.
+    """
+    uniform_(model, generator)
+    for layer in list(_layers(model))[:-1]:
+        layer.weight.normal_(std=math.sqrt(2 * math.pi) / _fan_in(layer), generator=generator)
+
+
+@torch.no_grad()
 def truncated_normal_(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """The TensorFlow tutorial's rule: weights normal with deviation 0.1 cut at two deviations, biases 0.1."""
     for layer in _layers(model):

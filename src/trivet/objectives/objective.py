@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trivet import randomness
-from trivet.data.dataset import Batch
+from trivet.data.dataset import Batch, Dataset
 from trivet.models.surrogate import Precision
 
 
@@ -74,6 +74,11 @@ class Objective(ABC):
     def replays(self) -> int:
         return 1
 
+    @property
+    def needs_holdout(self) -> bool:
+        """Whether `judge` must be called, hence training records must be set aside."""
+        return False
+
     def perturb(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
         """The inputs [B, ...] the model is to be trained on; detached. The clean ones unless overridden.
 
@@ -88,6 +93,13 @@ class Objective(ABC):
 
     def __call__(self, model: nn.Module, batch: Batch, progress: Progress) -> Losses:
         return self.losses(model, batch, self.perturb(model, batch, progress), progress)
+
+    def judge(self, model: nn.Module, held: Dataset, progress: Progress) -> Mapping[str, float]:
+        """Further numbers of held-out records for the log, at the end of an epoch; `model` is in eval mode.
+
+        A method may adapt to what it sees here, which is part of its state. Not called where nothing is held out.
+        """
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that survive from step to step, saved so that a resumed run is the same run."""

@@ -54,11 +54,13 @@ class Fit(Stage):
         rule: from per-example losses to the update direction; the mean gradient unless privacy is asked for.
         augment: applied to each batch before the objective sees it.
         average: decay of an exponential moving average of the weights, which then is the result; None for none.
+        l1: weight of the sum of all absolute weights (not biases, nor those of norms), added to the mean loss.
         max_grad_norm: clip the whole gradient to this l2 norm; None for no clipping.
         precision: "bf16" runs forward passes under autocast and attacks on a bfloat16 stand-in.
         channels_last: store convolution weights and images in the layout that is faster on most processors.
         compile: run the model through `torch.compile` (a minute's wait; pays on long runs of convolution nets).
-        holdout: training records set aside; accuracy on them, clean and under PGD-10, is logged every epoch.
+        holdout: training records set aside; accuracy on them, clean and under PGD-10, is logged every epoch, with
+            whatever the objective finds out there.
         keep: "last" weights, or those "best" on the held-out records (under PGD where the objective has a threat).
         save_every: optimiser steps between saved states; None saves every 30 seconds.
     """
@@ -71,6 +73,7 @@ class Fit(Stage):
     rule: GradientRule = field(default_factory=MeanGradient)
     augment: tuple[Augmentation, ...] = ()
     average: float | None = None
+    l1: float = 0.0
     max_grad_norm: float | None = None
     precision: Precision = "fp32"
     channels_last: bool = True
@@ -83,10 +86,15 @@ class Fit(Stage):
         require(self.epochs >= 1, f"epochs={self.epochs} must be at least 1.")
         require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         require(self.average is None or 0 < self.average < 1, f"average={self.average} must lie between 0 and 1.")
+        require(self.l1 >= 0, f"l1={self.l1} must not be negative.")
         require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be positive.")
         require(self.holdout >= 0, f"holdout={self.holdout} must not be negative.")
         require(self.keep in ("last", "best"), f"keep={self.keep!r} must be 'last' or 'best'.")
         require(self.keep == "last" or self.holdout > 0, "keep='best' needs holdout > 0: the records to judge on.")
+        require(
+            self.holdout > 0 or not self.objective.needs_holdout,
+            f"holdout={self.holdout} leaves {type(self.objective).__name__} no records to adapt to; set aside some.",
+        )
         require(self.save_every is None or self.save_every >= 1, f"save_every={self.save_every} must be at least 1.")
         require(
             self.objective.record_isolated or not self.rule.needs_isolation,
@@ -226,6 +234,10 @@ class _Loop:
                 f"the loss is not finite at step {step} of {self.context.files.name}; lower the learning rate "
                 f"(now {rate:.3g}), set max_grad_norm, or check the images for outliers. The last saved state is kept."
             )
+        if fit.l1:
+            for parameter in self.parameters:
+                if parameter.ndim > 1 and parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach().sign(), alpha=fit.l1)
         if fit.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, fit.max_grad_norm)
         self.optimizer.step()
@@ -249,8 +261,9 @@ class _Loop:
         if self.held is None:
             return
         epoch = step // (self.per_epoch * self.replays)
+        progress = Progress(step, self.steps, epoch, derive_seed(self.seed, "held", epoch))
         with self._result_weights():
-            found = held_out(self.model, self.held, self.fit.objective, derive_seed(self.seed, "held", epoch))
+            found = held_out(self.model, self.held, self.fit.objective, progress)
             self.context.files.log({"step": step - 1, "epoch": epoch, **found})
             score = found.get("held_pgd", found["held_clean"])
             if self.fit.keep == "best" and (self.best is None or score > self.best[0]):
@@ -358,8 +371,8 @@ def _swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
         model.load_state_dict(own)
 
 
-def held_out(model: nn.Module, held: Dataset, objective: Objective, seed: int) -> dict[str, float]:
-    """Accuracy on held-out records: clean, and under FGSM and PGD-10 where the objective has a threat model."""
+def held_out(model: nn.Module, held: Dataset, objective: Objective, progress: Progress) -> dict[str, float]:
+    """Accuracy on held-out records: clean, under FGSM and PGD-10 where the objective has a threat, and what it adds."""
     threat = getattr(objective, "threat", None)
     attacks = {"held_fgsm": fgsm(threat), "held_pgd": PGD(threat, steps=10)} if threat is not None else {}
     right = dict.fromkeys(["held_clean", *attacks], 0)
@@ -369,9 +382,10 @@ def held_out(model: nn.Module, held: Dataset, objective: Objective, seed: int) -
             with torch.no_grad():
                 right["held_clean"] += int((model(batch.inputs).argmax(1) == batch.labels).sum())
             for name, attack in attacks.items():
-                draw = generator(seed, name, number, device=device)
+                draw = generator(progress.seed, name, number, device=device)
                 right[name] += int((~attack.run(model, batch.inputs, batch.labels, generator=draw).broken).sum())
-    return {name: count / len(held) for name, count in right.items()}
+        more = objective.judge(model, held, progress)
+    return {name: count / len(held) for name, count in right.items()} | dict(more)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
