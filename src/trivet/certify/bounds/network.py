@@ -1,0 +1,171 @@
+"""Lower bounds of what a network answers on a whole set of inputs: IBP, CROWN-IBP, CROWN and alpha-CROWN.
+
+    network = Network.of(model, (1, 28, 28))
+    margins = network.margins(Ball(x, eps), margin_rows(labels, 10), method="crown", arithmetic="float32")
+    proved = (margins > 0).all(1)
+
+IBP: Gowal et al. 2018 (Mirman et al., ICML 2018, as boxes). CROWN: Zhang et al., NeurIPS 2018; CROWN-IBP: Zhang et al.,
+ICLR 2020; linear bounds backward through any graph: Xu et al., NeurIPS 2020; alpha-CROWN: Xu et al., ICLR 2021. Same
+slopes ("same") are Fast-Lin (Weng et al., ICML 2018), the dual of Wong & Kolter's linear programme (ICML 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trivet.certify.bounds.activations import Rectifier
+from trivet.certify.bounds.interval import Ball, Box, Domain, Interval
+from trivet.certify.bounds.propagation import Propagation
+from trivet.certify.bounds.rounding import Arithmetic, Rounding
+from trivet.certify.bounds.steps import Reader, Statistics, Step
+from trivet.certify.bounds.tracing import traced
+from trivet.errors import require
+
+Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
+Slope = Literal["adaptive", "zero", "one", "same"]
+
+__all__ = ["Ball", "Box", "Network", "batch_statistics", "margin_rows"]
+
+
+def margin_rows(labels: Tensor, classes: int) -> Tensor:
+    """[B, K - 1, K]: the rows e_y - e_j for every class j other than the label y [B], in order of j."""
+    eye = torch.eye(classes, device=labels.device)
+    others = torch.arange(classes - 1, device=labels.device)
+    others = others + (others >= labels[:, None])
+    return eye[labels][:, None] - eye[others]
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Collects by which mean and variance every BatchNorm in training mode normalises the batch of one forward pass.
+
+    Certified training must bound the network that the clean pass of the same step computed. An objective writes
+
+        with batch_statistics(model) as statistics:
+            logits = model(batch.inputs)
+        margins = network.using(statistics).margins(...)
+
+    and gradients flow through the statistics, too, unless they are detached. Layers in eval mode are left out: the
+    network normalises by their running statistics anyhow.
+    """
+    collected: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module.training:
+            require(module not in collected, "a BatchNorm is used twice in one pass, each time with other statistics.")
+            axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+            variance, mean = torch.var_mean(inputs[0], axes, correction=0)
+            collected[module] = mean, variance
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [module.register_forward_pre_hook(collect) for module in norms]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A model's layers, in eval mode, with bounds; its weights are read at every use, so that they may be trained.
+
+    Attributes:
+        steps: in order of computation; step i makes node i + 1, and node 0 is the input.
+        shapes: of one record at every node.
+        activations: for each rectifier (its node, the node of its pre-activation).
+        statistics: what BatchNorms normalise by instead of their running statistics (`using`).
+    """
+
+    steps: tuple[Step, ...]
+    shapes: tuple[torch.Size, ...]
+    activations: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    statistics: Statistics = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, shape: Sequence[int]) -> Network:
+        """The network of `model` for inputs [B, *shape]. Dropout is left out, and BatchNorm uses running statistics.
+
+        Raises:
+            BadValue: a layer without bounds, hooks, or a forward that is no fixed sequence of steps.
+        """
+        steps, shapes, dtype = traced(model, shape)
+        require(
+            len(shapes[-1]) == 1, f"the model must return logits [B, K], got [B, {', '.join(map(str, shapes[-1]))}]."
+        )
+        layers = [step.make(Reader()) for step in steps]
+        rectifiers = [i for i, layer in enumerate(layers, 1) if isinstance(layer, Rectifier)]
+        return cls(steps, tuple(shapes), tuple((i, steps[i - 1].inputs[0]) for i in rectifiers), dtype)
+
+    @property
+    def classes(self) -> int:
+        return self.shapes[-1][0]
+
+    def using(self, statistics: Statistics) -> Network:
+        """The same network, normalising by these mean and variance where a BatchNorm is given some."""
+        return replace(self, statistics=statistics)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits [B, K]."""
+        values = [x]
+        for step in self.steps:
+            layer = step.make(Reader(batch_statistics=self.statistics))
+            values.append(layer(*(values[node] for node in step.inputs)))
+        return values[-1]
+
+    def margins(
+        self,
+        domain: Domain,
+        specification: Tensor,
+        *,
+        method: Method = "crown",
+        slope: Slope = "adaptive",
+        arithmetic: Arithmetic | None = None,
+        intervals: Sequence[Interval] | None = None,
+    ) -> Tensor:
+        """Lower bounds [B, S] of `specification` @ logits over `domain`; differentiable in weights and domain.
+
+        `ibp` carries intervals forward, and merges the specification into the last affine layers. The others are one
+        backward pass through linear relaxations of the rectifiers, whose intervals come from IBP (`crown-ibp`) or
+        from backward passes of their own for the neurons that IBP leaves unstable (`crown`).
+
+        Args:
+            specification: [B or 1, S, K], one row for each linear function of the logits.
+            slope: of the line below unstable rectifiers: 1 where the upper end is farther from 0 than the lower,
+                else 0 (`adaptive`), always 0 or 1 (`zero`, `one`), or the slope of the line above (`same`).
+            arithmetic: what the bounds hold for: `float32`, every evaluation in float32 with sums in any order, and
+                that of real numbers, computed in float64 with error terms, without gradients; `real`, for real
+                numbers alone; None, for nothing certain, as they are computed in the type of the weights without
+                error terms: for training.
+            intervals: of every node, as `intervals` returns them, perhaps tightened; they are used as they are.
+        """
+        require(specification.ndim == 3, f"specification must be [B, S, K], got {tuple(specification.shape)}.")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
+            use = self._use(domain, arithmetic)
+            rows = specification.to(use.domain.dtype).expand(len(domain), -1, -1)
+            known = use.intervals() if intervals is None else list(intervals)
+            lines, constant = use.pull(rows, len(self.steps), known, slope, affine_only=method == "ibp")
+            return use.least(lines, constant, known)
+
+    def intervals(self, domain: Domain, arithmetic: Arithmetic | None = None) -> list[Interval]:
+        """Intervals [B, ...] of every node over `domain`, by IBP."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
+            return self._use(domain, arithmetic).intervals()
+
+    def _use(self, domain: Domain, arithmetic: Arithmetic | None) -> Propagation:
+        require(
+            arithmetic != "float32" or self.dtype == torch.float32,
+            f"arithmetic='float32' must be asked of float32 weights, and these are {self.dtype}.",
+        )
+        dtype = None if arithmetic is None else torch.float64
+        read = Reader(dtype, arithmetic is not None, self.statistics)
+        layers = [step.make(read) for step in self.steps]
+        rounding = None if arithmetic is None else Rounding.of(arithmetic, torch.float64)
+        return Propagation(layers, [step.inputs for step in self.steps], domain.to(dtype or self.dtype), rounding)

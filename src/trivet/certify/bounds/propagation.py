@@ -1,0 +1,146 @@
+"""One use of a network: its layers in one arithmetic, intervals forward and linear bounds backward through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trivet.certify.bounds.activations import Rectifier
+from trivet.certify.bounds.affine import Convolution, Linear
+from trivet.certify.bounds.interval import Domain, Interval
+from trivet.certify.bounds.layer import Affine, Layer
+from trivet.certify.bounds.moving import Sum
+from trivet.certify.bounds.rounding import Rounding
+
+Slopes = str | Mapping[int, Tensor]
+"""Of the lower lines of unstable rectifiers: by name for all, or chosen for each node, [B, S, ...] or [B, 1, ...]."""
+
+_ELEMENTS = 1 << 23
+"""Numbers in the largest tensor of one backward pass over many neurons."""
+
+
+@dataclass(frozen=True, eq=False)
+class Propagation:
+    """Node 0 is the input; node i the output of layer i - 1, which reads the nodes `readers[i - 1]`."""
+
+    layers: Sequence[Layer]
+    inputs: Sequence[tuple[int, ...]]
+    domain: Domain
+    rounding: Rounding | None
+
+    def intervals(self, known: Sequence[Interval] | None = None, *, slopes: Slopes | None = None) -> list[Interval]:
+        """Of every node, layer by layer, and never looser than `known`.
+
+        With `slopes`, the inputs of nonlinear layers are tightened by a backward pass each (CROWN), as far as it can
+        help: the neurons whose relaxation is exact already are left out.
+        """
+        found = [self.domain.interval(self.rounding)]
+        found[0] = found[0].intersect(known[0]) if known else found[0]
+        rough = self._rough() if slopes is not None else ()
+        for node, layer in enumerate(self.layers, 1):
+            interval = layer.bounds([found[i] for i in self.inputs[node - 1]], self.rounding)
+            found.append(interval.intersect(known[node]) if known else interval)
+            if node in rough and slopes is not None:
+                found[node] = self._tightened(node, found, slopes)
+        return found
+
+    def pull(
+        self,
+        rows: Tensor,
+        node: int,
+        intervals: Sequence[Interval],
+        slopes: Slopes,
+        *,
+        affine_only: bool = False,
+        multipliers: Mapping[int, Tensor] | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """A lower bound of <rows, node>, linear in earlier nodes, [B, S, ...] each, and its constant [B, S].
+
+        That is in node 0, the input, or with `affine_only` in the nodes where the last affine layers begin.
+
+        Args:
+            multipliers: of nodes n, [B, S or 1, ...]: <multiplier, n> >= 0 is known to hold, and is taken off.
+        """
+        waiting, held = {node: rows}, {}
+        constant = rows.new_zeros(rows.shape[:2])
+        for at in range(node, 0, -1):
+            here = waiting.pop(at, None)
+            if here is None:
+                continue
+            if multipliers and at in multipliers:
+                here = here - multipliers[at]
+            layer, before = self.layers[at - 1], self.inputs[at - 1]
+            if affine_only and not isinstance(layer, Affine):
+                held[at] = here
+                continue
+            slope = slopes if isinstance(slopes, str) else slopes.get(at, "adaptive")
+            pulled = layer.pull(
+                here, [intervals[i] for i in before], intervals[at], slope, self.rounding, len(self.layers)
+            )
+            constant = constant + pulled.constant
+            for i, each in zip(before, pulled.rows, strict=True):
+                waiting[i] = waiting[i] + each if i in waiting else each
+        return {**held, **waiting}, constant
+
+    def least(self, lines: Mapping[int, Tensor], constant: Tensor, intervals: Sequence[Interval]) -> Tensor:
+        """The smallest value of a linear bound, [B, S]; minus infinity where it is no number."""
+        total = constant
+        for node, rows in lines.items():
+            if node:
+                total = total + intervals[node].least(rows, self.rounding)
+            else:
+                total = total + torch.maximum(
+                    self.domain.least(rows, self.rounding), intervals[0].least(rows, self.rounding)
+                )
+        return total if self.rounding is None else total.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+
+    def bound(self, rows: Tensor, node: int, intervals: Sequence[Interval], slopes: Slopes) -> Tensor:
+        """A lower bound of <rows, node> over the domain, [B, S], by one backward pass."""
+        return self.least(*self.pull(rows, node, intervals, slopes), intervals)
+
+    def _rough(self) -> set[int]:
+        """The nodes that a nonlinear layer reads and that a backward pass may tighten.
+
+        Behind a single layer that mixes numbers intervals are exact already; L1 balls are an exception.
+        """
+        mixed = [0]
+        rough: set[int] = set()
+        for layer, before in zip(self.layers, self.inputs, strict=True):
+            depth = max(mixed[i] for i in before)
+            linear = isinstance(layer, Affine)
+            mixed.append(depth + isinstance(layer, (Linear, Convolution, Sum)) if linear else 2)
+            if not linear:
+                rough.update(i for i in before if mixed[i] > 1)
+        return rough
+
+    @torch.no_grad()
+    def _loose(self, node: int, interval: Interval) -> Tensor:
+        """[B, numbers]: where a tighter interval would tighten something."""
+        readers = [layer for layer, before in zip(self.layers, self.inputs, strict=True) if node in before]
+        if all(isinstance(each, Rectifier) for each in readers):
+            return ((interval.lower < 0) & (interval.upper > 0)).flatten(1)
+        return (interval.lower < interval.upper).flatten(1)
+
+    def _tightened(self, node: int, intervals: Sequence[Interval], slopes: Slopes) -> Interval:
+        """Interval number `node` where its neurons are loose, by backward passes for them and their negatives."""
+        old = intervals[node]
+        loose = self._loose(node, old)
+        most = int(loose.sum(1).max()) if loose.numel() else 0
+        if not most:
+            return old
+        order = loose.to(torch.uint8).argsort(stable=True, dim=1, descending=True)[:, :most]
+        shape = old.shape[1:]
+        widest = max(each.shape[1:].numel() for each in intervals[: node + 1])
+        portion = max(1, _ELEMENTS // (2 * len(loose) * widest))
+        lower, upper = old.lower.flatten(1), old.upper.flatten(1)
+        found = []
+        for places in order.split(portion, 1):
+            rows = lower.new_zeros(len(loose), places.shape[1], loose.shape[1]).scatter_(2, places[:, :, None], 1.0)
+            both = torch.cat([rows, -rows], 1).unflatten(2, shape)
+            found.append(self.bound(both, node, intervals, slopes).unflatten(1, (2, -1)))
+        low, high = torch.cat(found, 2).unbind(1)
+        new = Interval(lower.scatter(1, order, low).view(old.shape), upper.scatter(1, order, -high).view(old.shape))
+        return old.intersect(new)
