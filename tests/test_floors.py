@@ -14,12 +14,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "trivet"
 FLOORS = [
     {"errors", "randomness", "files", "statistics", "machine", "display", "methods", "claims"},
     {"data", "models"},
+    {"control"},
     {"threats", "certify", "privacy", "compression"},
     {"objectives"},
     {"training"},
     {"audit"},
     {"recipes"},
-    {"api"},
+    {"api", "estimators"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
