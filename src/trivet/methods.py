@@ -27,7 +27,7 @@ from trivet.errors import BadValue, FieldError, Path
 Leg = Literal["robust", "private", "small"]
 Made = TypeVar("Made", bound=Callable[..., Any])
 
-ROOMS = ("data", "models", "threats", "certify", "privacy", "compression", "objectives", "training", "audit")
+ROOMS = ("data", "models", "control", "threats", "certify", "privacy", "compression", "objectives", "training", "audit")
 _LEGS: tuple[Leg, ...] = ("robust", "private", "small")
 _METHODS: dict[tuple[str, str], Method] = {}
 

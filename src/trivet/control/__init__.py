@@ -1,0 +1,1 @@
+"""Control: environments that answer an agent's actions, episodes with noisy observations, and attacks on policies."""
