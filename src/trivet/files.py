@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,20 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise TrivetError(
             f"{path} is not a whole safetensors file ({error}); take an earlier copy or train again."
         ) from None
+
+
+def read_packed(path: Path, max_bytes: int) -> bytes:
+    """The content of a file, unpacked if its name ends in .gz; never more than `max_bytes` of it."""
+    if not path.is_file():
+        raise TrivetError(f"{path} is no file.")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
+            content = handle.read(max_bytes + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TrivetError(f"{path} is no gzip file or is damaged ({error}); pack it again.") from None
+    if len(content) > max_bytes:
+        raise TrivetError(f"{path} holds more than the ceiling of {max_bytes} bytes.")
+    return content
 
 
 def sha256(content: bytes | Path) -> str:

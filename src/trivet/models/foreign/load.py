@@ -23,7 +23,7 @@ def load_model(path: str | Path, *, max_bytes: int = MAX_BYTES) -> nn.Module:
     carries the shape of one input in `meta["input_shape"]`. Nothing in the file is executed or unpickled.
 
     Args:
-        path: a file ending in `.onnx` or `.pt2`.
+        path: a file ending in `.onnx`, `.onnx.gz` or `.pt2`.
         max_bytes: ceiling on the file and on all tensors it declares, checked before they are read.
 
     Raises:
@@ -36,7 +36,7 @@ def load_model(path: str | Path, *, max_bytes: int = MAX_BYTES) -> nn.Module:
     size = path.stat().st_size
     if size > max_bytes:
         raise TrivetError(f"{path} has {size} bytes, more than the ceiling of {max_bytes}; raise max_bytes to read it.")
-    if path.suffix == ".onnx":
+    if path.name.endswith((".onnx", ".onnx.gz")):
         return import_onnx(path, max_bytes)
     if path.suffix == ".pt2":
         return import_exported(path, max_bytes)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from trivet.errors import TrivetError
+from trivet.files import read_packed
 from trivet.models.foreign.assembly import Assembly, Unsupported, Value, refuse_unless
 from trivet.models.foreign.onnx_graph import ARITHMETIC, Step
 from trivet.models.foreign.onnx_shapes import MOVES
@@ -34,7 +35,7 @@ def import_onnx(path: Path, max_bytes: int) -> fx.GraphModule:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        proto = onnx.load_model_from_string(path.read_bytes())
+        proto = onnx.load_model_from_string(read_packed(path, max_bytes))
     except DecodeError:
         raise TrivetError(f"{path} is not an ONNX model or is damaged; export it again.") from None
     try:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivet.errors import TrivetError, require
+from trivet.files import read_packed
+
+MAX_BYTES = 2 << 30
 
 
 class OnnxRuntimeModel(nn.Module):
@@ -28,7 +31,7 @@ class OnnxRuntimeModel(nn.Module):
         require(path.is_file(), f"{path} is no file.")
         self.where = str(path)
         # From bytes, not from the path, so that no reference to another file can be followed.
-        self.content = path.read_bytes()
+        self.content = read_packed(path, MAX_BYTES)
         self._open(torch.get_num_threads())
 
     def _open(self, threads: int) -> None:
