@@ -53,3 +53,25 @@ def gradients() -> Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]:
         return list(torch.autograd.grad(per_example.mean(), list(model.parameters())))
 
     return of
+
+
+@pytest.fixture
+def rectified() -> nn.Sequential:
+    """ReLU layers alone, in float64, with convolutions of both paddings and two hidden layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(5, 4, 2, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 9),
+        nn.ReLU(),
+        nn.Linear(9, 4),
+    ).double()
+
+
+@pytest.fixture
+def exact_batch(batch) -> Batch:
+    """`batch` in float64."""
+    return Batch(batch.inputs.double(), batch.labels, batch.index)
