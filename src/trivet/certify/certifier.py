@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -133,3 +133,32 @@ class Certifier(ABC):
         True where a certifier leaves no evidence.
         """
         return True
+
+    def shares(self, certificates: Certificates) -> Tensor | None:
+        """[N] the share of the noisy copies that voted for each input's class; None where nothing is sampled."""
+        return None
+
+
+class Resumable(Certifier):
+    """A certifier that may stop inside an input, and go on from what its evidence says was counted."""
+
+    @abstractmethod
+    def go_on(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        *,
+        seed: int,
+        index: Tensor | None = None,
+        advance: Advance | None = None,
+        earlier: Certificates | None = None,
+        save: Callable[[Certificates], None] | None = None,
+    ) -> Certificates:
+        """As `certify`, from `earlier` certificates of some of these inputs, by the same certifier, model and seed.
+
+        `save` is told every few seconds what stands by then, of all inputs. The result is that of an undisturbed run.
+        """
+
+    @abstractmethod
+    def finished(self, certificates: Certificates) -> Tensor:
+        """[N] bool: of which inputs nothing more would be counted."""

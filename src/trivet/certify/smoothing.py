@@ -29,7 +29,7 @@ _BLOCK = 100
 """Noise is drawn in blocks of this many copies whatever the batch size: generators do not promise that two short
 draws equal one long one."""
 
-_SLACK = 1e-12
+SLACK = 1e-12
 """Taken off the probability bound: more than the errors of the special functions that compute bound and radius."""
 
 
@@ -111,7 +111,7 @@ class Smoothing(Certifier):
         radii = torch.tensor([self.radius_of(count) for count in counts.tolist()], dtype=torch.float64)
         labels = labels.where(radii > 0, ABSTAIN)
         evidence = {"count": counts}
-        return Certificates(index, labels, radii, self.norm, self.alpha, self._conditions(note), evidence)
+        return Certificates(index, labels, radii, self.norm, self.alpha, self.conditions(note), evidence)
 
     def predict(self, model: nn.Module, x: Tensor, *, seed: int, n: int = 1_000, index: Tensor | None = None) -> Tensor:
         """PREDICT: the smoothed classifier's labels [N] for `x` [N, ...], or `ABSTAIN` where `n` votes are too close.
@@ -137,9 +137,17 @@ class Smoothing(Certifier):
             return 0.0
         return self._scale * (normal_quantile(probability) if self.norm == "L2" else 2.0 * (probability - 0.5))
 
+    def threshold(self, radius: float) -> float:
+        """The probability of the top class above which `radius` is certified: the inverse of `radius`."""
+        if self.norm == "L1":
+            return 0.5 + radius / (2.0 * self._scale)
+        from scipy.special import ndtr
+
+        return float(ndtr(radius / self._scale))
+
     def radius_of(self, count: int) -> float:
         """The radius that `count` votes out of `n` certify with confidence 1 - alpha; 0 means abstain."""
-        return self.radius(binomial_lower(count, self.n, self.alpha) - _SLACK)
+        return self.radius(binomial_lower(count, self.n, self.alpha) - SLACK)
 
     def follows(self, certificates: Certificates) -> bool:
         if certificates.evidence.keys() != {"count"} or (certificates.norm, certificates.alpha) != (
@@ -151,13 +159,17 @@ class Smoothing(Certifier):
         # Special functions differ in the last digits between releases, but not in the ninth.
         return bool((certificates.radii <= (1 + 1e-9) * torch.tensor(possible, dtype=torch.float64)).all())
 
+    def shares(self, certificates: Certificates) -> Tensor:
+        return certificates.evidence["count"].double() / self.n
+
     @property
     def _scale(self) -> float:
         """sigma (L2) or lam (L1), as radii count it: the noise is drawn in float32, which may round it down."""
         exact = self.sigma if self.norm == "L2" else 3.0**0.5 * self.sigma
         return min(exact, float(torch.tensor(exact, dtype=torch.float32)))
 
-    def _draw(self, rows: Tensor, source: torch.Generator) -> Tensor:
+    def draw(self, rows: Tensor, source: torch.Generator) -> Tensor:
+        """`rows` overwritten by noise."""
         if self.norm == "L2":
             return rows.normal_(0.0, self._scale, generator=source)
         return rows.uniform_(-self._scale, self._scale, generator=source)
@@ -207,13 +219,14 @@ class Smoothing(Certifier):
                     vote()
                     filled = 0
                 rows = slice(filled, filled + block.rows)
-                self._draw(batch[rows], block.source).add_(clean[block.image])
+                self.draw(batch[rows], block.source).add_(clean[block.image])
                 slots[rows] = block.slot
                 filled = rows.stop
             vote()
         return votes[: spare * (classes + 1)].view(len(x), len(stages), classes + 1).cpu(), note
 
-    def _conditions(self, note: str) -> tuple[str, ...]:
+    def conditions(self, note: str) -> tuple[str, ...]:
+        """What must hold for the certificates to be true; `note` says how compiling went."""
         noise = (
             f"N(0, {self.sigma:g}^2)" if self.norm == "L2" else f"uniform noise of standard deviation {self.sigma:g}"
         )
