@@ -84,7 +84,9 @@ class GrowingRadius(Objective):
         start, end = self.ramp
         if progress.fraction >= end:
             return 1.0
-        t = max(progress.fraction - start, 0.0) / (end - start)
+        if progress.fraction <= start:
+            return 0.0
+        t = (progress.fraction - start) / (end - start)
         return t if self.ramp_shape == "linear" else smooth(t)
 
     def kappa(self, progress: Progress) -> float:
@@ -181,7 +183,7 @@ class Step:
     @cached_property
     def rows(self) -> Tensor:
         """Of the margins, [B, K - 1, K]."""
-        return margin_rows(self.batch.labels, self.network.classes)
+        return margin_rows(self.batch.labels, self.network.classes).to(self.network.dtype)
 
     @cached_property
     def intervals(self) -> Sequence[Interval]:
