@@ -23,11 +23,12 @@ ULPS = 16
 class Lines:
     """lower_slope t + lower_offset <= f(t) <= upper_slope t + upper_offset for every t of an interval.
 
-    The lower line's may be [B, S, ...], one for each row of the specification; the others are [B, 1, ...].
+    The lower line's may be [B, S, ...], one for each row of the specification; the others are [B, 1, ...]. No
+    lower offset is 0.
     """
 
     lower_slope: Tensor
-    lower_offset: Tensor
+    lower_offset: Tensor | None
     upper_slope: Tensor
     upper_offset: Tensor
 
@@ -61,19 +62,20 @@ class Activation(Layer):
     ) -> Pulled:
         before = inputs[0]
         lines = self.lines(before.lower.unsqueeze(1), before.upper.unsqueeze(1), slope)
-        sizes = rows.abs()
-        # max(rows, 0) a + min(rows, 0) d = rows (a + d) / 2 + |rows| (a - d) / 2, and likewise for the offsets.
-        new = rows * ((lines.lower_slope + lines.upper_slope) / 2)
-        new = new + sizes * ((lines.lower_slope - lines.upper_slope) / 2)
-        constant = _inner(rows, (lines.lower_offset + lines.upper_offset) / 2)
-        loss = (lines.upper_offset - lines.lower_offset) / 2
+        # Positive entries meet the lower line, negative ones the upper one.
+        below = rows.clamp(max=0.0)
+        new = torch.addcmul(rows * lines.lower_slope, below, lines.upper_slope - lines.lower_slope)
+        constant, between = 0.0, lines.upper_offset
+        if lines.lower_offset is not None:
+            constant, between = _inner(rows, lines.lower_offset), lines.upper_offset - lines.lower_offset
+        constant = constant + _inner(below, between)
         if rounding is not None:
             count = rows[0, 0].numel() + 4 * steps
             slack = rounding.backward(0, count) * (before.size + output.size) + rounding.least(count)
             if self.computed:
                 slack = slack + self._error(before, output, rounding)
-            loss = loss + slack.unsqueeze(1)
-        return Pulled((new,), constant - _inner(sizes, loss))
+            constant = constant - inner(rows.abs(), slack)
+        return Pulled((new,), constant)
 
     def _error(self, before: Interval, output: Interval, rounding: Rounding) -> Tensor:
         unit = ULPS * 2 * (rounding.network + rounding.ours)
@@ -128,7 +130,7 @@ class Rectifier(Activation):
         unstable = (lower < 0) & (upper > 0)
         offset = offset.where(unstable, torch.zeros_like(offset))
         tangent = self._tangent(slope, share, chord).where(unstable, chord)
-        return Lines(tangent, torch.zeros_like(offset), chord, offset)
+        return Lines(tangent, None, chord, offset)
 
     def _tangent(self, slope: str | Tensor, share: Tensor, chord: Tensor) -> Tensor:
         if isinstance(slope, Tensor):  # in [0, 1], of the way from the leak to 1

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad
 
 from trivet.certify.bounds.interval import Norm, dual_norm
-from trivet.certify.bounds.layer import Affine
+from trivet.certify.bounds.layer import Affine, Layer
+from trivet.certify.bounds.moving import Moving, Scale
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_BACKWARD: dict[int, Callable[..., Tensor]] = {
-    1: grad.conv1d_input,
-    2: grad.conv2d_input,
-    3: grad.conv3d_input,
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
 }
 
 
@@ -51,6 +52,12 @@ class Linear(Affine):
     def __call__(self, *inputs: Tensor) -> Tensor:
         return F.linear(inputs[0], self.weight, self.bias)
 
+    def scaled(self, scale: Scale) -> Linear | None:
+        """This layer and `scale` as one, if `scale` has a factor for each output."""
+        if scale.factor.shape != self.weight.shape[:1]:
+            return None
+        return Linear(*_scaled(self.weight, self.bias, scale))
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Affine):
@@ -77,9 +84,16 @@ class Convolution(Affine):
         return None if self.bias is None else self.bias.view(-1, *[1] * len(self.stride))
 
     def transposed(self, rows: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        size = (len(rows), *shapes[0])
-        backward = _BACKWARD[len(self.stride)]
-        return (backward(size, self.weight, rows, self.stride, self.padding, self.dilation, self.groups),)
+        # What the stride leaves over at the end of each axis has no weight, but a place.
+        window = zip(
+            shapes[0][1:], rows.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
+        )
+        left = [
+            size - ((out - 1) * step - 2 * pad + dilate * (kernel - 1) + 1)
+            for size, out, kernel, step, pad, dilate in window
+        ]
+        transposed = _TRANSPOSED[len(self.stride)]
+        return (transposed(rows, self.weight, None, self.stride, self.padding, left, self.groups, self.dilation),)
 
     def row_norms(self, gain: Tensor, norm: Norm) -> Tensor | None:
         if norm == "L2":
@@ -91,8 +105,21 @@ class Convolution(Affine):
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self._convolve(inputs[0], self.weight, self.bias)
 
+    def scaled(self, scale: Scale) -> Convolution | None:
+        """This layer and `scale` as one, if `scale` has a factor for each channel."""
+        if scale.factor.shape != (len(self.weight), *[1] * len(self.stride)):
+            return None
+        weight, bias = _scaled(self.weight, self.bias, scale)
+        return replace(self, weight=weight, bias=bias)
+
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _CONVOLVE[len(self.stride)](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _scaled(weight: Tensor, bias: Tensor | None, scale: Scale) -> tuple[Tensor, Tensor | None]:
+    factor, shift = scale.factor.flatten(), None if scale.shift is None else scale.shift.flatten()
+    bias = shift if bias is None else bias * factor if shift is None else bias * factor + shift
+    return weight * factor.view(-1, *[1] * (weight.ndim - 1)), bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +138,19 @@ class Averaging(Affine):
 
     def linear(self, *inputs: Tensor) -> Tensor:
         return self.mean(inputs[0])
+
+
+def merged(layers: Sequence[Layer], inputs: Sequence[tuple[int, ...]]) -> list[Layer]:
+    """The same layers, each BatchNorm taken into the layer before it where nothing else reads that one.
+
+    The node between them then has the value of the node after them.
+    """
+    found, readers = list(layers), Counter(node for before in inputs for node in before)
+    for i, (layer, before) in enumerate(zip(layers, inputs, strict=True)):
+        node = before[0]
+        if isinstance(layer, Scale) and node and readers[node] == 1:
+            earlier = found[node - 1]
+            whole = earlier.scaled(layer) if isinstance(earlier, (Linear, Convolution)) else None
+            if whole is not None:
+                found[node - 1], found[i] = whole, Moving(lambda x: x)
+    return found

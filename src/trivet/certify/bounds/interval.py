@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trivet.certify.bounds.rounding import LARGEST, Rounding, gamma
@@ -77,10 +78,12 @@ class Interval:
         return Interval(self.lower.where(known, -math.inf), self.upper.where(known, math.inf), self.diagonal)
 
     def least(self, rows: Tensor, rounding: Rounding | None) -> Tensor:
-        """A lower bound of <row, value> over the box, [B, S] for rows [B, S, ...]; attained up to rounding."""
+        """A lower bound of <row, value> over the box, [B, S] for rows [B or 1, S, ...]; attained up to rounding."""
         rows, radius = rows.flatten(2), self.radius
         if rounding is not None:
             radius = radius + gamma(2 * rows.shape[2] + 64, rounding.ours) * self.size
+        elif len(rows) == 1:  # the same for all
+            return F.linear(self.middle.flatten(1), rows[0]) - F.linear(radius.flatten(1), rows[0].abs())
         return (rows @ _column(self.middle) - rows.abs() @ _column(radius)).squeeze(2)
 
 
@@ -187,8 +190,9 @@ class Ball(Domain):
         require(self.norm in ("Linf", "L2", "L1"), f"norm={self.norm!r} must be 'Linf', 'L2' or 'L1'.")
         require(self.eps.shape == self.x.shape[:1], f"eps must be [{len(self.x)}], got {tuple(self.eps.shape)}.")
         low, high = self.clip or (-torch.finfo(self.x.dtype).max, torch.finfo(self.x.dtype).max)
-        # Written so that NaN is refused, too.
-        if not bool(((self.x >= low) & (self.x <= high)).all()):
+        # Written so that NaN, which is the least and the largest value of any it is among, is refused, too.
+        least, most = self.x.aminmax() if self.x.numel() else (low, high)
+        if not (bool(least >= low) and bool(most <= high)):
             raise BadValue(
                 f"inputs must lie in [{low:g}, {high:g}]; normalisation belongs into the model, and other domains are "
                 "given by `clip`."

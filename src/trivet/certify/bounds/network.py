@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trivet.certify.bounds.activations import Rectifier
+from trivet.certify.bounds.affine import merged
 from trivet.certify.bounds.interval import Ball, Box, Domain, Interval
 from trivet.certify.bounds.propagation import Propagation
 from trivet.certify.bounds.rounding import Arithmetic, Rounding
@@ -36,9 +37,13 @@ __all__ = ["Ball", "Box", "Network", "batch_statistics", "margin_rows"]
 def margin_rows(labels: Tensor, classes: int) -> Tensor:
     """[B, K - 1, K]: the rows e_y - e_j for every class j other than the label y [B], in order of j."""
     eye = torch.eye(classes, device=labels.device)
+    return eye[labels][:, None] - eye[_others(labels, classes)]
+
+
+def _others(labels: Tensor, classes: int) -> Tensor:
+    """[B, K - 1], the classes other than the label, in order."""
     others = torch.arange(classes - 1, device=labels.device)
-    others = others + (others >= labels[:, None])
-    return eye[labels][:, None] - eye[others]
+    return others + (others >= labels[:, None])
 
 
 @contextmanager
@@ -137,7 +142,8 @@ class Network:
         from backward passes of their own for the neurons that IBP leaves unstable (`crown`).
 
         Args:
-            specification: [B or 1, S, K], one row for each linear function of the logits.
+            specification: [B or 1, S, K], one row for each linear function of the logits; or labels [B], which stand
+                for `margin_rows`, and are faster: of IBP then the rows of all pairs of classes serve every record.
             slope: of the line below unstable rectifiers: 1 where the upper end is farther from 0 than the lower,
                 else 0 (`adaptive`), always 0 or 1 (`zero`, `one`), or the slope of the line above (`same`).
             arithmetic: what the bounds hold for: `float32`, every evaluation in float32 with sums in any order, and
@@ -146,16 +152,28 @@ class Network:
                 error terms: for training.
             intervals: of every node, as `intervals` returns them, perhaps tightened; they are used as they are.
         """
-        require(specification.ndim == 3, f"specification must be [B, S, K], got {tuple(specification.shape)}.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
             use = self._use(domain, arithmetic)
-            rows = specification.to(use.domain.dtype).expand(len(domain), -1, -1)
+            if specification.ndim == 1:
+                if method == "ibp" and arithmetic is None and self.classes < len(domain):
+                    eye = torch.eye(self.classes, device=specification.device)
+                    pairs = (eye[:, None] - eye).flatten(0, 1)[None]
+                    found = self.margins(domain, pairs, method="ibp", intervals=intervals)
+                    places = self.classes * specification[:, None] + _others(specification, self.classes)
+                    return found.gather(1, places)
+                specification = margin_rows(specification, self.classes)
+            rows = specification.to(use.domain.dtype)
+            if method != "ibp" or arithmetic is not None:
+                rows = rows.expand(len(domain), -1, -1)
             known = use.intervals() if intervals is None else list(intervals)
             lines, constant = use.pull(rows, len(self.steps), known, slope, affine_only=method == "ibp")
             return use.least(lines, constant, known)
 
     def intervals(self, domain: Domain, arithmetic: Arithmetic | None = None) -> list[Interval]:
-        """Intervals [B, ...] of every node over `domain`, by IBP."""
+        """Intervals [B, ...] of every node over `domain`, by IBP.
+
+        Without `arithmetic` a BatchNorm is taken into the layer before it, and the node between shows the same.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
             return self._use(domain, arithmetic).intervals()
 
@@ -167,5 +185,7 @@ class Network:
         dtype = None if arithmetic is None else torch.float64
         read = Reader(dtype, arithmetic is not None, self.statistics)
         layers = [step.make(read) for step in self.steps]
-        rounding = None if arithmetic is None else Rounding.of(arithmetic, torch.float64)
-        return Propagation(layers, [step.inputs for step in self.steps], domain.to(dtype or self.dtype), rounding)
+        inputs = [step.inputs for step in self.steps]
+        if arithmetic is None:
+            return Propagation(merged(layers, inputs), inputs, domain.to(self.dtype), None)
+        return Propagation(layers, inputs, domain.to(torch.float64), Rounding.of(arithmetic, torch.float64))
