@@ -13,13 +13,18 @@ from trivet.certify.metric import MetricCertificate
 from trivet.errors import BadValue
 from trivet.models.mahalanobis_knn import MahalanobisKnn
 from trivet.randomness import generator
-from trivet.training.arml import Arml, margins, triples
+from trivet.training.arml import Arml, triples
+from trivet.training.arml import margins as margins_of_images
 
 
 def triple(size: int, rank: int, number: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     factor = torch.randn(rank, size, dtype=torch.float64)
     z, own, others = torch.rand(3, number, size, dtype=torch.float64)
     return factor, z, own, others
+
+
+def margins(factor: Tensor, *points: Tensor) -> Tensor:
+    return margins_of_images(factor, *(each @ factor.T for each in points))
 
 
 def distance(factor: Tensor, a: Tensor, b: Tensor) -> Tensor:

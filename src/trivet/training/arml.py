@@ -16,7 +16,7 @@ from trivet.errors import require
 from trivet.methods import method
 from trivet.randomness import generator
 
-_BLOCK = 1000  # records whose distances to all others are computed together
+_BLOCK = 1000  # records of a class whose distances to all others are computed together
 
 
 @method(
@@ -76,13 +76,15 @@ class Arml:
         require(
             bool((sizes >= 2).any()), "no class has two records, so that no record has a neighbour of its own class."
         )
+        centred = x - x.mean(0)  # all that matters is differences, which round less so
         factor = torch.eye(x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
         adam = torch.optim.Adam([factor], lr=self.lr)
         losses = torch.empty(self.epochs, dtype=x.dtype)
         for epoch in range(self.epochs):
             draw = generator(seed, "arml", epoch)
-            anchors, own, others = triples(x @ factor.detach().T, codes, self.candidates, draw)
-            loss = -margins(factor, x[anchors], x[own], x[others]).mean()
+            features = centred @ factor.T
+            chosen = triples(features.detach(), codes, self.candidates, draw)
+            loss = -margins(factor, *(features[each] for each in chosen)).mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -93,12 +95,12 @@ class Arml:
 
 
 def margins(factor: Tensor, z: Tensor, own: Tensor, others: Tensor) -> Tensor:
-    """s [B] of the triples (x+, x-, z), all [B, D], under G = `factor` [R, D].
+    """s [B] of the triples (x+, x-, z) under G = `factor` [R, D], given G z, G x+ and G x-, all [B, R].
 
     The square of || M (x+ - x-) ||_2 is taken to be at least 1e-6, as in the authors' code.
     """
-    ahead = ((z - others) @ factor.T).square().sum(1) - ((z - own) @ factor.T).square().sum(1)
-    slope = ((own - others) @ factor.T @ factor).square().sum(1)
+    ahead = (z - others).square().sum(1) - (z - own).square().sum(1)
+    slope = ((own - others) @ factor).square().sum(1)
     return ahead / (2 * slope.clamp(min=1e-6).sqrt())
 
 
@@ -109,25 +111,30 @@ def triples(features: Tensor, labels: Tensor, candidates: int, draw: torch.Gener
     x+ is drawn uniformly from the `candidates` nearest of its own class, itself excluded, x- from those of the other
     classes; from all, where there are fewer. `labels` count from 0.
     """
-    sizes = labels.bincount()[labels]
-    anchors = (sizes >= 2).nonzero().squeeze(1)
-    chances = torch.rand(2, len(labels), generator=draw).to(features)[:, anchors]
-    lengths = features.square().sum(1)
-    own: list[Tensor] = []
-    others: list[Tensor] = []
-    for start in range(0, len(anchors), _BLOCK):
-        rows = anchors[start : start + _BLOCK]
-        distances = lengths - 2 * features[rows] @ features.T  # || z ||^2 does not change the order
-        same = labels[rows, None] == labels
-        itself = torch.arange(len(labels), device=labels.device) == rows[:, None]
-        for found, excluded, available, chance in (
-            (own, ~same | itself, sizes[rows] - 1, chances[0]),
-            (others, same, len(labels) - sizes[rows], chances[1]),
-        ):
-            most = min(candidates, len(labels))
-            nearest = distances.masked_fill(excluded, torch.inf).topk(most, largest=False).indices
-            rank = (chance[start : start + _BLOCK] * available.clamp(max=candidates)).long()
-            # A chance just below 1 may round up to the number of candidates.
-            rank = rank.minimum(available.clamp(max=candidates) - 1)
-            found.append(nearest.gather(1, rank[:, None]).squeeze(1))
-    return anchors, torch.cat(own), torch.cat(others)
+    chances = torch.rand(2, len(labels), generator=draw).to(features)
+    own, others = torch.full_like(labels, -1), torch.empty_like(labels)
+    for label in labels.unique():
+        (members,), (rest,) = ((labels == label).nonzero(as_tuple=True), (labels != label).nonzero(as_tuple=True))
+        if len(members) < 2:
+            continue
+        for start in range(0, len(members), _BLOCK):
+            rows = members[start : start + _BLOCK]
+            among = _squared_distances(features[rows], features[members])
+            among.diagonal(start).fill_(torch.inf)
+            own[rows] = members[_drawn(among, min(candidates, len(members) - 1), chances[0, rows])]
+            away = _squared_distances(features[rows], features[rest])
+            others[rows] = rest[_drawn(away, min(candidates, len(rest)), chances[1, rows])]
+    (anchors,) = (own >= 0).nonzero(as_tuple=True)
+    return anchors, own[anchors], others[anchors]
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """[A, B], less || a ||^2, which does not change the order in a row."""
+    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+
+
+def _drawn(distances: Tensor, candidates: int, chance: Tensor) -> Tensor:
+    """For each row one of its nearest columns: `chance` [B] in [0, 1) says which."""
+    # A chance just below 1 may round up to the number of candidates.
+    rank = (chance * candidates).long().clamp(max=candidates - 1)
+    return distances.topk(candidates, largest=False).indices.gather(1, rank[:, None]).squeeze(1)
