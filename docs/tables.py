@@ -49,7 +49,8 @@ def recipes() -> str:
     rows = []
     for name in shipped():
         recipe = load(name).recipe
-        source = f"`{recipe.data['name']}`" if recipe.data else "yours"
+        named = recipe.data or recipe.environment
+        source = f"`{named['name']}`" if named else "yours"
         rows.append((f"`{name}`", recipe.about, source, threat_text(recipe.threat), recipe.paper))
     return _table(("recipe", "about", "data", "threat", "paper"), rows)
 

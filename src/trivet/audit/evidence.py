@@ -215,11 +215,7 @@ def checks(subjects: Sequence[Subject]) -> Html:
     """Every check with its rule and what was measured."""
     blocks = []
     for number, subject in enumerate(subjects):
-        rows = [
-            [check.title, _raised(check), check.rule, _measured(check.measured)]
-            for check in sorted(subject.findings.checks, key=lambda check: not check.raised)
-        ]
-        inner = table(["check", "", "raised when", right("measured")], rows, "checks")
+        inner = check_table(subject.findings.checks)
         if len(subjects) > 1:
             summary = tag("summary", key(number, subject.name), " ", state(subject.findings))
             inner = tag("details", summary, inner, open="" if subject.findings.flags else None)
@@ -229,6 +225,15 @@ def checks(subjects: Sequence[Subject]) -> Html:
         "One raised is reason to doubt; none raised is no proof."
     )
     return section("checks", "Checks", blocks, lead=lead)
+
+
+def check_table(checks: Sequence[Check]) -> Html:
+    """A row for each check, those that were raised first."""
+    rows = [
+        [check.title, _raised(check), check.rule, _measured(check.measured)]
+        for check in sorted(checks, key=lambda check: not check.raised)
+    ]
+    return table(["check", "", "raised when", right("measured")], rows, "checks")
 
 
 def _raised(check: Check) -> Html:

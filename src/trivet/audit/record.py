@@ -24,9 +24,9 @@ def claims(subjects: Sequence[Subject]) -> Html:
     for number, subject in enumerate(subjects):
         holding = [claim for claim in subject.claims if claim.holds]
         voided = [claim for claim in subject.claims if not claim.holds]
-        listed: list[Content] = [tag("ul", [_claim(claim) for claim in holding], class_="claims")]
+        listed: list[Content] = [tag("ul", [claim_item(claim) for claim in holding], class_="claims")]
         if voided:
-            ended = tag("ul", [_claim(claim) for claim in voided], class_="claims")
+            ended = tag("ul", [claim_item(claim) for claim in voided], class_="claims")
             short = len(voided) <= 6
             listed.append(tag("details", tag("summary", f"{len(voided)} voided"), ended, open="" if short else None))
         if subject.claims and len(subjects) > 1:
@@ -43,7 +43,8 @@ def claims(subjects: Sequence[Subject]) -> Html:
     return section("claims", "Claims", blocks, lead=lead)
 
 
-def _claim(claim: Claim) -> Html:
+def claim_item(claim: Claim) -> Html:
+    """One claim, with its conditions folded away."""
     kind = str(getattr(claim, "kind", "claim"))
     settings = json.dumps(claim.obtained, ensure_ascii=False, default=str)
     pairs: list[tuple[str, Content]] = [
@@ -133,17 +134,18 @@ def provenance(subjects: Sequence[Subject]) -> Html:
         pairs += [
             ("seed of the audit", str(found.seed)),
             ("time of the audit", seconds(found.seconds)),
-            *_session(found.provenance),
+            *session_facts(found.provenance),
         ]
         parts: list[Content] = [tag("h3", key(number, subject.name)) if len(subjects) > 1 else "", facts(pairs)]
         for session in subject.run.get("sessions", ()):
             title = f"trained {session.get('date', '')}, seed {subject.run.get('seed', '')}"
-            parts.append(tag("details", tag("summary", title), facts(_session(session))))
+            parts.append(tag("details", tag("summary", title), facts(session_facts(session))))
         blocks.append(tag("div", parts))
     return section("provenance", "Provenance", blocks)
 
 
-def _session(session: Mapping[str, Any]) -> list[tuple[str, Content]]:
+def session_facts(session: Mapping[str, Any]) -> list[tuple[str, Content]]:
+    """Where and how something was run."""
     machine, versions = session.get("machine", {}), session.get("versions", {})
     return [
         ("command", tag("code", str(session.get("command", "")))),

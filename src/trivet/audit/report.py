@@ -11,7 +11,7 @@ from trivet.audit.subject import Subject
 from trivet.audit.table import comparison
 from trivet.errors import require
 
-__all__ = ["Subject", "comparison", "render"]
+__all__ = ["Subject", "comparison", "page", "render"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -38,11 +38,16 @@ def render(subjects: Sequence[Subject]) -> str:
         record.settings(subjects),
         record.provenance(subjects),
     ]
+    return page(title, verdict.masthead(title, subjects), verdict.warnings(subjects), parts)
+
+
+def page(title: str, masthead: Html, warnings: Html, parts: Sequence[Html]) -> str:
+    """A whole page: its head, what to beware of, and those of the sections `parts` that are not empty."""
     shown = [part for part in parts if part]
     body = tag(
         "body",
-        tag("header", verdict.masthead(title, subjects), _contents(shown)),
-        tag("main", verdict.warnings(subjects), shown),
+        tag("header", masthead, _contents(shown)),
+        tag("main", warnings, shown),
         tag("footer", "Written by Trivet. Everything on this page is in the page; nothing was loaded from elsewhere."),
     )
     style = resources.files(__package__).joinpath("report.css").read_text()

@@ -13,6 +13,8 @@ from torch import nn
 
 from trivet import methods
 from trivet.audit.audit import Audit
+from trivet.audit.policy_audit import PolicyAudit
+from trivet.control.environment import Environment
 from trivet.data.dataset import Dataset, Splits
 from trivet.errors import FieldError, TrivetError
 from trivet.randomness import derive_seed
@@ -23,12 +25,17 @@ from trivet.training.stage import Stage
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe whose every method has been built and checked, before any data is read or any step taken."""
+    """A recipe whose every method has been built and checked, before any data is read or any step taken.
+
+    `environment` and `policy_audit` belong to recipes for policies, whose `audit` is not used; others have none.
+    """
 
     source: Source
     threat: ThreatModel
     stages: tuple[tuple[str, Stage], ...]
     audit: Audit
+    environment: Environment | None = None
+    policy_audit: PolicyAudit | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -36,6 +43,8 @@ class Plan:
 
     def splits(self) -> Splits:
         """Read the data, cut to `train_limit` and `test_limit`."""
+        if self.environment is not None:
+            raise TrivetError(f"{self.source.where} is for a policy in an environment, and there are no records in it.")
         if self.recipe.data is None:
             raise TrivetError(f"{self.source.where} names no data; say which with --data.")
         settings = dict(self.recipe.data)
@@ -43,8 +52,8 @@ class Plan:
         splits: Splits = _build(self.source, ("data",), "data", settings, expects=Splits)
         return splits.limited(**limits)
 
-    def model(self, data: Dataset, seed: int | None = None) -> nn.Module:
-        """The recipe's model for inputs and classes like those of `data`, freshly initialised.
+    def model(self, data: Dataset | Environment, seed: int | None = None) -> nn.Module:
+        """The recipe's model for inputs and classes (or observations and actions) like those of `data`, freshly made.
 
         By the recipe's seed, or by another one.
         """
@@ -73,6 +82,11 @@ def plan(source: Source) -> Plan:
     recipe = source.recipe
     _admit(source)
     threat = _build(source, ("threat",), "threats", recipe.threat, expects=ThreatModel)
+    _require_one_source(source)
+    environment, context = None, {"threat": threat}
+    if recipe.environment is not None:
+        environment = _build(source, ("environment",), "control", recipe.environment, expects=Environment)
+        context["environment"] = environment
     stages = []
     for number, entry in enumerate(recipe.stages):
         if len(entry) != 1:
@@ -80,10 +94,19 @@ def plan(source: Source) -> Plan:
             raise source.located(FieldError(("stages", number), text))
         ((name, settings),) = entry.items()
         path = ("stages", number, name)
-        stage = _build(source, path, "training", {"name": name, **settings}, expects=Stage, threat=threat)
+        stage = _build(source, path, "training", {"name": name, **settings}, expects=Stage, **context)
         stages.append((name, stage))
-    audit = _build(source, ("audit",), "audit", {"name": "audit", **recipe.audit}, threat=threat)
-    return Plan(source, threat, tuple(stages), audit)
+    if environment is None:
+        audit = _build(source, ("audit",), "audit", {"name": "audit", **recipe.audit}, **context)
+        return Plan(source, threat, tuple(stages), audit)
+    policy_audit = _build(source, ("audit",), "audit", {"name": "policy_audit", **recipe.audit}, **context)
+    return Plan(source, threat, tuple(stages), Audit(threat), environment, policy_audit)
+
+
+def _require_one_source(source: Source) -> None:
+    if source.recipe.environment is not None and source.recipe.data is not None:
+        text = "a recipe learns from data or from an environment; leave one of them out."
+        raise source.located(FieldError(("environment",), text))
 
 
 def _admit(source: Source) -> None:

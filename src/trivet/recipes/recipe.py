@@ -31,6 +31,7 @@ class Recipe(BaseModel):
         seed: of every random draw.
         data: a source of the data room, with `train_limit` and `test_limit` for its first records only; left out
             where --data must say.
+        environment: instead of data, what a policy learns in.
         model: a model, built for the data's input shape and number of classes; left out in recipes that only audit.
         threat: the perturbation set, for training and audit alike.
         stages: in order, each `{fit: {...}}` or another stage's name with its settings.
@@ -43,6 +44,7 @@ class Recipe(BaseModel):
     paper: str = ""
     seed: int = Field(default=0, ge=0)
     data: Spec | None = None
+    environment: Spec | None = None
     model: Spec | None = None
     threat: Spec
     stages: list[dict[str, Settings]] = []

@@ -20,7 +20,7 @@ from trivet.training.stage import Checkpoint, Context, Stage
 def run_stages(
     stages: Sequence[tuple[str, Stage]],
     model: nn.Module,
-    splits: Splits,
+    splits: Splits | None,
     folder: RunFolder,
     *,
     seed: int,
@@ -29,7 +29,7 @@ def run_stages(
 ) -> Checkpoint:
     """Take `model` through the named `stages`, from wherever `folder` says an earlier session got to.
 
-    `budget_of` is as in `Context`.
+    `splits` is None for recipes that learn from an environment; `budget_of` is as in `Context`.
 
     Raises:
         TrivetError: another process is writing the folder, or a stage refuses to go on; what was saved stays.

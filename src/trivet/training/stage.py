@@ -11,6 +11,7 @@ from torch import nn
 
 from trivet.claims import Effect, Ledger
 from trivet.data.dataset import Splits
+from trivet.errors import TrivetError
 from trivet.models.fingerprint import fingerprint
 from trivet.training.folder import StageFiles
 
@@ -20,7 +21,8 @@ class Checkpoint:
     """What flows through a recipe.
 
     Attributes:
-        model: maps images [B, C, H, W] in [0, 1] to logits [B, K].
+        model: maps images [B, C, H, W] in [0, 1] to logits [B, K]; or, as a policy, stacks of observations
+            [B, frames, 1, D] to values of actions [B, K].
         ledger: the claims made about it so far, holding and voided.
         history: one record per stage it went through.
     """
@@ -39,15 +41,23 @@ class Checkpoint:
 class Context:
     """What a stage may use: the data, the run's seed, and its own corner of the run folder.
 
+    `records` is None in a recipe that learns from an environment instead.
     `budget_of` is the SHA-256 of the records whose privacy is spent, where those trained on were made from them, as
     leak tests do; None: those trained on.
     """
 
-    splits: Splits
+    records: Splits | None
     seed: int
     files: StageFiles
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     budget_of: str | None = None
+
+    @property
+    def splits(self) -> Splits:
+        """The records; refused where there are none."""
+        if self.records is None:
+            raise TrivetError(f"{self.files.name} trains on records, and the recipe names an environment instead.")
+        return self.records
 
 
 class Stage(ABC):
