@@ -20,12 +20,16 @@ from trivet.audit.claims import claims_from, recheck
 from trivet.audit.findings import Findings
 from trivet.audit.leak_finding import LeakFinding
 from trivet.audit.leak_test import StageTrainer
+from trivet.audit.policy_audit import policy_claims, void_contradicted
+from trivet.audit.policy_findings import PolicyFindings
+from trivet.audit.policy_report import PolicySubject, render_policy
 from trivet.audit.report import render
 from trivet.audit.subject import Subject
 from trivet.certify.certificate_file import CertificateFile
 from trivet.certify.certifier import Certificates, Certifier, join
 from trivet.claims import Ledger, PrivacyClaim
-from trivet.data.dataset import Dataset
+from trivet.control.environment import Environment
+from trivet.data.dataset import Dataset, Splits
 from trivet.errors import TrivetError, require
 from trivet.files import load_tensors, save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
@@ -80,8 +84,18 @@ class Run:
     def findings(self) -> Findings:
         """What the last audit found."""
         if not self.folder.audit.exists():
-            raise TrivetError(f"{self.folder.path} has not been audited; run `trivet audit {self.folder.path}`.")
+        self._require_audit()
+        if self.is_policy:
+            raise TrivetError(f"{self.folder.path} is a policy, and cannot be set beside models that label records.")
         return Findings.load(self.folder.audit)
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether it learnt in an environment."""
+        return self.source.recipe.environment is not None
+
+    def _require_audit(self) -> None:
+            raise TrivetError(f"{self.folder.path} has not been audited; run `trivet audit {self.folder.path}`.")
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -89,7 +103,7 @@ class Run:
         weights = self.folder.weights
         return load_tensors(weights)[1]["history"] if weights.exists() else []
 
-    def model(self, like: Dataset) -> nn.Module:
+    def model(self, like: Dataset | Environment) -> nn.Module:
         """The trained model in eval mode; `like` tells input shape and classes."""
         if not self.folder.weights.exists():
             raise TrivetError(
@@ -113,6 +127,17 @@ class Run:
             history=self.history,
         )
 
+
+    def policy_subject(self) -> PolicySubject:
+        """Everything a report shows of this run, if it is a policy."""
+        self._require_audit()
+        return PolicySubject(
+            PolicyFindings.load(self.folder.audit),
+            self.claims.claims,
+            self.source.recipe.model_dump(exclude_defaults=True),
+            self.folder.status,
+            self.folder.read_log(),
+        )
 
 @dataclass(frozen=True)
 class Target:
@@ -248,8 +273,12 @@ def train_model(
     settings = plan(source)
     if not settings.stages:
         raise TrivetError(f"{source.where} has no stages to train; it is for `trivet audit --recipe`.")
-    splits = settings.splits()
-    model = settings.model(splits.train)
+    splits: Splits | None = None
+    if settings.environment is not None:
+        model = settings.model(settings.environment)
+    else:
+        splits = settings.splits()
+        model = settings.model(splits.train)
     folder = RunFolder.open(path) if started else RunFolder.create(path, source.dump())
     run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=torch_device)
     return Run(folder, source)
@@ -326,6 +355,49 @@ def audit_model(
 
 
 def _leaks(found: Target, ledger: Ledger) -> tuple[LeakFinding, ...]:
+def is_policy(target: str | Path | nn.Module) -> bool:
+    """Whether `target` is the run folder of a policy, which `audit_policy` audits."""
+    if isinstance(target, nn.Module) or not Path(target).is_dir():
+        return False
+    return Run.open(target).is_policy
+
+
+def audit_policy(
+    run: str | Path, *, overrides: Sequence[str] = (), trust_code: bool = False, device: str = "cpu"
+) -> PolicySubject:
+    """Attack a trained policy, hold its certificate against what is left, and write findings, claims and report.
+
+    Args:
+        run: a run folder whose recipe names an environment.
+        overrides: as in `train_model`, e.g. "audit.episodes=1000".
+        trust_code: run code that the recipe names by import path.
+        device: a torch device.
+    """
+    opened = Run.open(run, overrides=overrides, trust_code=trust_code)
+    settings, folder = opened.plan, opened.folder
+    if settings.environment is None or settings.policy_audit is None:
+        raise TrivetError(f"{run} is no policy; `trivet audit {run}` audits it.")
+    policy = opened.model(settings.environment).to(_device(device))
+    recorded = [each for each in opened.history if each["stage"] == "certify_policy"]
+    recheck = shlex.join(["trivet", "audit", str(run), *(part for each in overrides for part in ("--set", each))])
+    with sole_writer(folder.path):
+        findings = settings.policy_audit.run(
+            policy,
+            seed=settings.recipe.seed,
+            name=opened.name,
+            source=str(run),
+            certified=recorded[-1] if recorded else None,
+        )
+        ledger = opened.claims
+        void_contradicted(ledger, findings)
+        ledger.add(*policy_claims(findings, settings.policy_audit, recheck))
+        findings.save(folder.audit)
+        ledger.save(folder.claims)
+        subject = opened.policy_subject()
+        write_text(folder.report, render_policy(subject))
+    return subject
+
+
     """What the recipe's leak tests find: they train its model again, on records that they have tampered with."""
     if not found.plan.audit.leaks:
         return ()
@@ -473,11 +545,14 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, t
         runs: run folders, audited before.
         out: the file; report.html in the folder of a single run, ./report.html for several, if None.
     """
-    subjects = compare_runs(runs, trust_code=trust_code)
+    if len(runs) == 1 and is_policy(runs[0]):
+        page = render_policy(Run.open(runs[0]).policy_subject())
+    else:
+        page = render(compare_runs(runs, trust_code=trust_code))
     path = Path(out) if out else RunFolder(Path(runs[0])).report if len(runs) == 1 else Path("report.html")
     if not path.parent.is_dir():
         raise TrivetError(f"{path.parent} is not a folder; make it or choose another --out.")
-    write_text(path, render(subjects))
+    write_text(path, page)
     return path
 
 

@@ -76,7 +76,7 @@ def recipes(as_json: Json = False) -> None:
         {
             "recipe": name,
             "about": (recipe := load(name).recipe).about,
-            "data": (recipe.data or {}).get("name", "--data"),
+            "data": (recipe.data or recipe.environment or {}).get("name", "--data"),
             "threat": " ".join(
                 f"{value:.4g}" if isinstance(value, float) else str(value) for value in recipe.threat.values()
             ),
@@ -151,6 +151,11 @@ def audit(
     from trivet import api
     from trivet.audit.report import comparison
 
+    if api.is_policy(target):
+        if recipe or data or out:
+            raise TrivetError(f"{target} is a policy's run folder; audit it without --recipe, --data and --out.")
+        _show_policy(api.audit_policy(target, overrides=override or (), trust_code=trust_code, device=device), as_json)
+        return
     subject = api.audit_model(
         target, recipe=recipe, data=data, overrides=override or (), out=out, trust_code=trust_code, device=device
     )
@@ -324,6 +329,22 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = Non
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     Console().print(table)
+
+def _show_policy(subject: Any, as_json: bool) -> None:
+    """What an audit of a policy found; status 1 where numbers contradict each other."""
+    found = subject.findings
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        clean = found.clean
+        title = f"mean return by l_2 budget of an episode; without attack {clean.mean:.4g} ({clean.episodes} episodes)"
+        _show(found.rows(), False, title=title)
+        for check in found.flags:
+            print(f"{check.severity}: {check.title}: {check.meaning}")
+        print(f"report: {found.source}/report.html")
+    if any(check.severity == "error" for check in found.flags):
+        raise typer.Exit(1)
+
 
 
 def _print_json(value: Any) -> None:
