@@ -343,3 +343,15 @@ def test_the_names_of_the_package_are_what_they_say() -> None:
         assert callable(getattr(trivet, name)), name
     with pytest.raises(AttributeError, match="it has Run"):
         _ = trivet.fly  # type: ignore[attr-defined]
+
+
+def test_radii_are_decided_about_with_as_many_copies_as_each_input_needs(trained: Path, sh: Shell) -> None:
+    found = sh.json("certify", trained, "--sigma", "0.2", "--n", "1000", "--radii", "0,0.1,0.3", "--points", "4")
+    assert [row["radius"] for row in found["curve"]] == ["0", "0.1", "0.3"]  # type: ignore[index, call-overload]
+    stored = json.loads((trained / "certificates.json").read_text())
+    assert stored["certifier"]["name"] == "adaptive_smoothing"
+    assert {point["radius"] for point in stored["points"]} <= {0.0, 0.1, 0.3}
+    wrong = sh("certify", trained, "--sigma", "0.2", "--radii", "0;1")
+    assert (wrong.status, "must be numbers with commas between" in wrong.err) == (2, True)
+    alone = sh("certify", trained, "--radii", "0,1")
+    assert (alone.status, "--radii goes with --sigma" in alone.err) == (2, True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from trivet.audit.policy_audit import policy_claims, void_contradicted
 from trivet.audit.policy_findings import PolicyFindings
 from trivet.audit.policy_report import PolicySubject, render_policy
 from trivet.audit.report import render
+from trivet.audit.stored import Stored, in_processes
 from trivet.audit.subject import Subject
 from trivet.certify.certificate_file import CertificateFile
-from trivet.certify.certifier import Certificates, Certifier, join
+from trivet.certify.certifier import Certifier
 from trivet.claims import Ledger, PrivacyClaim
 from trivet.control.environment import Environment
 from trivet.data.dataset import Dataset, Splits
@@ -83,7 +84,6 @@ class Run:
     @property
     def findings(self) -> Findings:
         """What the last audit found."""
-        if not self.folder.audit.exists():
         self._require_audit()
         if self.is_policy:
             raise TrivetError(f"{self.folder.path} is a policy, and cannot be set beside models that label records.")
@@ -95,6 +95,7 @@ class Run:
         return self.source.recipe.environment is not None
 
     def _require_audit(self) -> None:
+        if not self.folder.audit.exists():
             raise TrivetError(f"{self.folder.path} has not been audited; run `trivet audit {self.folder.path}`.")
 
     @property
@@ -127,7 +128,6 @@ class Run:
             history=self.history,
         )
 
-
     def policy_subject(self) -> PolicySubject:
         """Everything a report shows of this run, if it is a policy."""
         self._require_audit()
@@ -138,6 +138,7 @@ class Run:
             self.folder.status,
             self.folder.read_log(),
         )
+
 
 @dataclass(frozen=True)
 class Target:
@@ -354,7 +355,6 @@ def audit_model(
     return subject
 
 
-def _leaks(found: Target, ledger: Ledger) -> tuple[LeakFinding, ...]:
 def is_policy(target: str | Path | nn.Module) -> bool:
     """Whether `target` is the run folder of a policy, which `audit_policy` audits."""
     if isinstance(target, nn.Module) or not Path(target).is_dir():
@@ -398,6 +398,7 @@ def audit_policy(
     return subject
 
 
+def _leaks(found: Target, ledger: Ledger) -> tuple[LeakFinding, ...]:
     """What the recipe's leak tests find: they train its model again, on records that they have tampered with."""
     if not found.plan.audit.leaks:
         return ()
@@ -431,6 +432,7 @@ def certify_model(
     device: str = "cpu",
     certifier: Certifier | None = None,
     points: int | None = None,
+    processes: int = 1,
 ) -> CertificateFile:
     """Certify test points one by one and write them to certificates.json; an interrupted call goes on where it was.
 
@@ -444,41 +446,64 @@ def certify_model(
         device: as in `audit_model`.
         certifier: by default the one of the recipe's audit.
         points: the first so many test points; the recipe's `audit.certificate_points` if None.
+        processes: that share the points; the certificates are those of one. Not for a module in memory.
     """
-    found = Target.open(
-        target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code, device=device
-    )
+    where: dict[str, Any] = {
+        "recipe": recipe,
+        "data": data,
+        "overrides": overrides,
+        "out": out,
+        "trust_code": trust_code,
+    }
+    found = Target.open(target, device=device, **where)
     prover = certifier or found.plan.audit.certificate
     if prover is None:
         raise TrivetError("the recipe's audit names no certificate; add one, e.g. --sigma 0.25.")
     wanted = points if points is not None else found.plan.audit.certificate_points or len(found.test)
     require(wanted >= 1, f"points={wanted} must be at least 1.")
+    require(processes >= 1, f"processes={processes} must be at least 1.")
+    require(
+        processes == 1 or not isinstance(target, nn.Module),
+        f"processes={processes} open the model from a file each; save it, or use processes=1.",
+    )
     wanted = min(wanted, len(found.test))
-    path, artefact = found.folder.certificates, fingerprint(found.model)
+    stored = _stored(found, prover)
     with sole_writer(found.folder.path), display.progress("certify", wanted) as advance:
-        parts = _unfinished(path, artefact, prover, found.seed)
-        done = sum(map(len, parts))
-        advance(min(done, wanted))
-        for index in torch.arange(done, max(done, wanted)).split(100):
-            inputs = found.test.batch(index).inputs.to(device)
-            parts = [join([*parts, prover.certify(found.model, inputs, seed=found.seed, index=index, advance=advance)])]
-            _certificate_file(parts[0], found, prover, artefact).save(path)
-    return _certificate_file(parts[0].first(wanted), found, prover, artefact)
+        known = stored.gather()
+        missing = stored.missing(known, wanted)
+        advance(wanted - len(missing))
+        if processes > 1 and len(missing) > 1:
+            workers = min(processes, len(missing))
+            task = partial(_certify_shard, target, {**where, "device": device}, prover, wanted, workers)
+            try:
+                in_processes(task, workers, advance)
+            finally:
+                known = stored.gather()
+        else:
+            known = stored.extend(found.model, missing, known, advance)
+    if known is None:
+        raise TrivetError(f"{found.test.name} has no points to certify.")
+    return stored.file_of(known.first(wanted))
 
 
-def _certificate_file(
-    certificates: Certificates, found: Target, certifier: Certifier, artefact: str
-) -> CertificateFile:
-    return CertificateFile(certificates, found.test.labels[certificates.index], certifier, found.seed, artefact)
+def _certify_shard(
+    target: str | Path | nn.Module,
+    where: dict[str, Any],
+    prover: Certifier,
+    wanted: int,
+    workers: int,
+    number: int,
+    advance: display.Advance,
+) -> None:
+    """One worker's share: every `workers`-th of the points that were missing when it was started."""
+    found = Target.open(target, **where)
+    stored = _stored(found, prover)
+    known = stored.read()
+    stored.extend(found.model, stored.missing(known, wanted)[number::workers], known, advance, stored.shard(number))
 
 
-def _unfinished(path: Path, artefact: str, certifier: Certifier, seed: int) -> list[Certificates]:
-    """Certificates of an earlier call with the same weights, certifier and seed; others are started anew."""
-    if not path.exists():
-        return []
-    earlier = CertificateFile.load(path)
-    same = (earlier.artefact, earlier.certifier, earlier.seed) == (artefact, certifier, seed)
-    return [earlier.certificates] if same else []
+def _stored(found: Target, certifier: Certifier) -> Stored:
+    return Stored(found.folder.certificates, certifier, found.seed, fingerprint(found.model), found.test)
 
 
 def epsilon_of(run: str | Path) -> list[dict[str, Any]]:

@@ -189,7 +189,16 @@ def certify(
     alpha: Annotated[
         float | None, typer.Option(help="With --sigma: how likely each certificate may be wrong, 0.001 unless given.")
     ] = None,
+    radii: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,R,…",
+            help="With --sigma: only find out which of these radii hold, with as many copies as each input needs and "
+            "100000 at most. Include 0 to know the class where no other holds.",
+        ),
+    ] = None,
     points: Annotated[int | None, typer.Option(help="Certify the first so many test points.")] = None,
+    processes: Annotated[int, typer.Option(help="Share the points among so many processes.")] = 1,
     recipe: ForRecipe = None,
     data: Data = None,
     override: Set = None,
@@ -201,13 +210,12 @@ def certify(
     """Prove the model's answers constant around test points, one certificate each; interrupted calls go on."""
     from trivet import api
     from trivet.certify.curves import average_certified_radius, certified_accuracy, format_radius
-    from trivet.certify.smoothing import Smoothing
 
-    settings: dict[str, Any] = {"n": n, "alpha": alpha}
+    settings: dict[str, Any] = {"n": n, "alpha": alpha, "radii": radii}
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given if sigma is None else ():
         raise TrivetError(f"--{name} goes with --sigma; the recipe's own is --set audit.certificate.{name}=….")
-    certifier = None if sigma is None else Smoothing(sigma, **given)
+    certifier = None if sigma is None else _smoothing(sigma, given)
     found = api.certify_model(
         target,
         recipe=recipe,
@@ -218,18 +226,20 @@ def certify(
         device=device,
         certifier=certifier,
         points=points,
+        processes=processes,
     )
     top = float(found.certificates.radii.max())
-    radii = [top * step / 8 for step in range(8)]
-    rates = certified_accuracy(found.certificates, found.targets, radii)
+    asked = getattr(found.certifier, "radii", ())
+    steps = asked or [top * step / 8 for step in range(8)]
+    rates = certified_accuracy(found.certificates, found.targets, steps)
     rows = [
         {
-            "radius": format_radius(radius),
+            "radius": f"{radius:g}" if asked else format_radius(radius),
             "certified": round(100 * rate.value, 2),
             "from": round(100 * rate.interval[0], 2),
             "to": round(100 * rate.interval[1], 2),
         }
-        for radius, rate in zip(radii, rates, strict=True)
+        for radius, rate in zip(steps, rates, strict=True)
     ]
     if as_json:
         average = average_certified_radius(found.certificates, found.targets)
@@ -250,6 +260,20 @@ def certify(
     )
     for condition in found.certificates.conditions:
         print(f"  - {condition}")
+
+
+def _smoothing(sigma: float, settings: dict[str, Any]) -> Any:
+    """The certifier that `certify --sigma` asks for: every input alike, or by `radii` as many copies as it needs."""
+    from trivet.certify.adaptive_smoothing import AdaptiveSmoothing
+    from trivet.certify.smoothing import Smoothing
+
+    if "radii" not in settings:
+        return Smoothing(sigma, **settings)
+    try:
+        radii = tuple(float(each) for each in settings["radii"].split(","))
+    except ValueError:
+        raise TrivetError(f"--radii {settings['radii']} must be numbers with commas between, as 0,0.5,1.") from None
+    return AdaptiveSmoothing(sigma, **(settings | {"radii": radii}))
 
 
 @app.command()
@@ -306,6 +330,22 @@ def demo(
     print(f"report: {page}")
 
 
+def _show_policy(subject: Any, as_json: bool) -> None:
+    """What an audit of a policy found; status 1 where numbers contradict each other."""
+    found = subject.findings
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        clean = found.clean
+        title = f"mean return by l_2 budget of an episode; without attack {clean.mean:.4g} ({clean.episodes} episodes)"
+        _show(found.rows(), False, title=title)
+        for check in found.flags:
+            print(f"{check.severity}: {check.title}: {check.meaning}")
+        print(f"report: {found.source}/report.html")
+    if any(check.severity == "error" for check in found.flags):
+        raise typer.Exit(1)
+
+
 def _show_models(rows: Sequence[dict[str, Any]]) -> None:
     """Models as columns while they fit beside each other: their names are longer than their numbers."""
     if len(rows) > 4:
@@ -329,22 +369,6 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = Non
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     Console().print(table)
-
-def _show_policy(subject: Any, as_json: bool) -> None:
-    """What an audit of a policy found; status 1 where numbers contradict each other."""
-    found = subject.findings
-    if as_json:
-        _print_json(found.model_dump(mode="json"))
-    else:
-        clean = found.clean
-        title = f"mean return by l_2 budget of an episode; without attack {clean.mean:.4g} ({clean.episodes} episodes)"
-        _show(found.rows(), False, title=title)
-        for check in found.flags:
-            print(f"{check.severity}: {check.title}: {check.meaning}")
-        print(f"report: {found.source}/report.html")
-    if any(check.severity == "error" for check in found.flags):
-        raise typer.Exit(1)
-
 
 
 def _print_json(value: Any) -> None:

@@ -25,7 +25,7 @@ _SAVE_EVERY = 5.0
 _GUESS = 0.005
 """How often a pilot may misjudge a probability, on each side. It costs radius or copies, never soundness."""
 
-Save = Callable[[Certificates], None]
+Save = Callable[[Certificates], object]
 
 
 @method(

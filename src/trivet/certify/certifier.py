@@ -64,8 +64,12 @@ class Certificates:
 
     def first(self, count: int) -> Certificates:
         """Those of the first `count` inputs."""
-        evidence = {name: values[:count] for name, values in self.evidence.items()}
-        index, labels, radii = self.index[:count], self.labels[:count], self.radii[:count]
+        return self.select(slice(0, count))
+
+    def select(self, rows: Tensor | slice) -> Certificates:
+        """Those in some rows: [N] bool, or a range."""
+        evidence = {name: values[rows] for name, values in self.evidence.items()}
+        index, labels, radii = self.index[rows], self.labels[rows], self.radii[rows]
         return replace(self, index=index, labels=labels, radii=radii, evidence=evidence)
 
     @property
@@ -152,7 +156,7 @@ class Resumable(Certifier):
         index: Tensor | None = None,
         advance: Advance | None = None,
         earlier: Certificates | None = None,
-        save: Callable[[Certificates], None] | None = None,
+        save: Callable[[Certificates], object] | None = None,
     ) -> Certificates:
         """As `certify`, from `earlier` certificates of some of these inputs, by the same certifier, model and seed.
 
