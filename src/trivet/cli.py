@@ -209,7 +209,7 @@ def certify(
 ) -> None:
     """Prove the model's answers constant around test points, one certificate each; interrupted calls go on."""
     from trivet import api
-    from trivet.certify.curves import average_certified_radius, certified_accuracy, format_radius
+    from trivet.certify.curves import average_certified_radius, certified_accuracy, format_radius, share_histogram
 
     settings: dict[str, Any] = {"n": n, "alpha": alpha, "radii": radii}
     given = {name: value for name, value in settings.items() if value is not None}
@@ -241,6 +241,8 @@ def certify(
         }
         for radius, rate in zip(steps, rates, strict=True)
     ]
+    shares = found.certifier.shares(found.certificates)
+    votes = None if shares is None else share_histogram(shares)
     if as_json:
         average = average_certified_radius(found.certificates, found.targets)
         _print_json(
@@ -250,6 +252,7 @@ def certify(
                 "average_radius": average,
                 "abstained": int(found.certificates.abstained.sum()),
                 "curve": rows,
+                "shares": votes,
             }
         )
         return
@@ -258,6 +261,9 @@ def certify(
         False,
         title=f"{found.certificates.norm}, {len(found.certificates)} points: certified, in % with 95 % interval",
     )
+    if votes is not None:
+        steps_up = "".join("▁▂▃▄▅▆▇█"[-(-7 * count // max(votes))] for count in votes)
+        print(f"points by their share of votes for the class, 0 {steps_up} 1")
     for condition in found.certificates.conditions:
         print(f"  - {condition}")
 

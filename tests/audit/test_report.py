@@ -74,6 +74,20 @@ def masked(plain: nn.Module, test_part: Dataset) -> Subject:
     return Subject(NASTY, found, claims_from(found, NASTY, NASTY), {"about": NASTY}, examples=examples)
 
 
+def test_the_votes_under_noise_are_on_the_page_and_only_where_something_was_sampled(subject: Subject) -> None:
+    found = subject.findings.certificate
+    assert found is not None
+    assert found.shares is not None
+    assert sum(found.shares) == 20
+    page = Page(render([subject])).text
+    assert "Votes under noise" in page
+    for number, count in enumerate(found.shares):
+        assert f"{count} between {number / 20:.4g} and {(number + 1) / 20:.4g}" in page
+    proof = found.model_copy(update={"shares": None})
+    without = replace(subject, findings=subject.findings.model_copy(update={"certificate": proof}))
+    assert "Votes under noise" not in Page(render([without])).text
+
+
 def test_every_headline_number_is_on_the_page(subject: Subject) -> None:
     page, found = Page(render([subject])).text, subject.findings
     assert found.worst_case is not None

@@ -6,6 +6,7 @@ import itertools
 import math
 from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from trivet.certify.curves import (
     certified_accuracy,
     format_radius,
     guaranteed_accuracy,
+    share_histogram,
 )
 from trivet.errors import BadValue
 
@@ -102,3 +104,10 @@ def test_the_radii_that_published_logs_rounded_up_are_rounded_down() -> None:
 def test_targets_of_another_length_are_refused() -> None:
     with pytest.raises(BadValue, match="5 certificates but targets"):
         certified_accuracy(FIVE, torch.tensor([0, 1]), [0.0])
+
+
+def test_shares_are_counted_in_equal_parts_with_both_ends() -> None:
+    shares = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert share_histogram(shares) == np.histogram(shares.numpy(), 20, (0, 1))[0].tolist()
+    assert share_histogram(torch.tensor([0.0, 0.49, 0.5, 1.0, 1.0]), 2) == [2, 3]
+    assert share_histogram(torch.zeros(0), 3) == [0, 0, 0]

@@ -12,7 +12,12 @@ from trivet import display
 from trivet.audit.findings import CertificateFinding, CertifiedPoint
 from trivet.audit.labels import label_of
 from trivet.certify.certifier import Certificates, Certifier, join
-from trivet.certify.curves import average_certified_radius, certified_accuracy, guaranteed_accuracy
+from trivet.certify.curves import (
+    average_certified_radius,
+    certified_accuracy,
+    guaranteed_accuracy,
+    share_histogram,
+)
 from trivet.data.dataset import Dataset
 from trivet.methods import spec_of
 from trivet.models.modes import device_of
@@ -58,6 +63,7 @@ def finding(
             for radius, rate in zip(at, rates, strict=True)
         )
 
+    shares = certifier.shares(certificates)
     return CertificateFinding(
         label=label_of(certifier),
         spec=spec_of(certifier),
@@ -69,4 +75,5 @@ def finding(
         abstained=abstained,
         average_radius=average_certified_radius(certificates, targets),
         seconds=seconds,
+        shares=None if shares is None else tuple(share_histogram(shares)),
     )

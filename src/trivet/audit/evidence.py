@@ -20,7 +20,7 @@ _MOST_CLASSES = 20
 
 def curves(subjects: Sequence[Subject]) -> Html:
     """Accuracy over the radius: what attacks leave, and what is proved."""
-    figures = [*_attacked(subjects), *_certified(subjects)]
+    figures = [*_attacked(subjects), *_certified(subjects), *_votes(subjects)]
     return section("curves", "Over the radius", tag("div", figures, class_="grid")) if figures else _NOTHING
 
 
@@ -92,6 +92,22 @@ def _certified(subjects: Sequence[Subject]) -> list[Html]:
             )
             parts.append(tag("span", said))
         figures.append(_figure("Certified", chart, parts, [each[:2] for each in shown], len(subjects)))
+    return figures
+
+
+def _votes(subjects: Sequence[Subject]) -> list[Html]:
+    """How the noisy copies voted, for each model that was certified by sampling."""
+    figures = []
+    for number, subject in enumerate(subjects):
+        found = subject.findings.certificate
+        if found is None or found.shares is None:
+            continue
+        chart = charts.histogram(found.shares, number, x_title="share of votes for the class", y_title="points")
+        caption = (
+            "Points by the share of noisy copies that voted for the class under test: what the average radius hides. "
+            "At one half or below nothing is certified; only shares near 1 reach far."
+        )
+        figures.append(_figure("Votes under noise", chart, caption, [(number, subject)], len(subjects)))
     return figures
 
 

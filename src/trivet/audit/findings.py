@@ -81,6 +81,8 @@ class CertificateFinding(_Record):
         curve: the same over the whole range of radii.
         abstained: points about which nothing was proved.
         average_radius: ACR, in input units.
+        shares: points by the share of noisy copies that voted for their class, in equal parts of [0, 1]; None where
+            nothing was sampled.
     """
 
     label: str
@@ -93,6 +95,7 @@ class CertificateFinding(_Record):
     abstained: Counted
     average_radius: float
     seconds: float
+    shares: tuple[int, ...] | None = None
 
 
 class DiagnosisFinding(_Record):

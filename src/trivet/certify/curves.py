@@ -56,6 +56,16 @@ def average_certified_radius(certificates: Certificates, targets: Tensor) -> flo
     return float((certificates.radii * _right(certificates, targets)).mean())
 
 
+def share_histogram(shares: Tensor, bins: int = 20) -> list[int]:
+    """How many of `shares` [N] in [0, 1] lie in each of `bins` equal parts, which hold their lower ends; the last both.
+
+    Of the votes for the certified classes it shows what the average radius hides: how many inputs are nearly certain,
+    and how many close to a tie.
+    """
+    parts = (shares * bins).long().clamp(0, bins - 1)
+    return [int((parts == number).sum()) for number in range(bins)]
+
+
 def format_radius(radius: float, digits: int = 3) -> str:
     """`radius` with `digits` decimals, rounded down: what is printed is certified, too."""
     require(math.isfinite(radius), f"radius={radius} must be finite.")
