@@ -99,8 +99,7 @@ class GrowingRadius(Objective):
         with torch.no_grad():
             network = network_of(model, held.input_shape)
             for batch in (each.to(device) for each in held.batches(500)):
-                rows = margin_rows(batch.labels, held.num_classes)
-                margins = network.margins(clipped_box(batch.inputs, self.threat.eps), rows, method="ibp")
+                margins = network.margins(clipped_box(batch.inputs, self.threat.eps), batch.labels, method="ibp")
                 certified += int((margins > 0).all(1).sum())
         return {"held_ibp": certified / len(held)}
 
@@ -193,7 +192,7 @@ class Step:
     @cached_property
     def lower(self) -> Tensor:
         """Lower bounds [B, K - 1] of all margins over `box`, by interval arithmetic."""
-        return self.network.margins(self.box, self.rows, method="ibp", intervals=self.intervals)
+        return self.network.margins(self.box, self.batch.labels, method="ibp", intervals=self.intervals)
 
 
 def network_of(model: nn.Module, shape: Sequence[int]) -> Network:

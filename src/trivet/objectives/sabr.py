@@ -49,7 +49,7 @@ class Sabr(AttackedTraining):
     def robust(self, step: Step) -> Robust:
         box = self.small_box(step)
         intervals = step.network.intervals(box) if self.shrink == 1 else _shrunk(step.network, box, self.shrink)
-        lower = step.network.margins(box, step.rows, method="ibp", intervals=intervals)
+        lower = step.network.margins(box, step.batch.labels, method="ibp", intervals=intervals)
         return Robust(robust_cross_entropy(lower), intervals)
 
     def small_box(self, step: Step) -> Box:
