@@ -65,10 +65,10 @@ class Activation(Layer):
         # Positive entries meet the lower line, negative ones the upper one.
         below = rows.clamp(max=0.0)
         new = torch.addcmul(rows * lines.lower_slope, below, lines.upper_slope - lines.lower_slope)
-        constant, between = 0.0, lines.upper_offset
-        if lines.lower_offset is not None:
-            constant, between = _inner(rows, lines.lower_offset), lines.upper_offset - lines.lower_offset
-        constant = constant + _inner(below, between)
+        if lines.lower_offset is None:
+            constant = _inner(below, lines.upper_offset)
+        else:
+            constant = _inner(rows, lines.lower_offset) + _inner(below, lines.upper_offset - lines.lower_offset)
         if rounding is not None:
             count = rows[0, 0].numel() + 4 * steps
             slack = rounding.backward(0, count) * (before.size + output.size) + rounding.least(count)
@@ -129,10 +129,10 @@ class Rectifier(Activation):
         offset = offset * (1 + 16 * torch.finfo(lower.dtype).eps)
         unstable = (lower < 0) & (upper > 0)
         offset = offset.where(unstable, torch.zeros_like(offset))
-        tangent = self._tangent(slope, share, chord).where(unstable, chord)
+        tangent = self.tangent(slope, share, chord).where(unstable, chord)
         return Lines(tangent, None, chord, offset)
 
-    def _tangent(self, slope: str | Tensor, share: Tensor, chord: Tensor) -> Tensor:
+    def tangent(self, slope: str | Tensor, share: Tensor, chord: Tensor) -> Tensor:
         if isinstance(slope, Tensor):  # in [0, 1], of the way from the leak to 1
             return self.leak + (1 - self.leak) * slope
         if slope == "same":

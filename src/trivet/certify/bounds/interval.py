@@ -70,6 +70,13 @@ class Interval:
         # Without error terms the ends of a point may pass each other by a rounding.
         return Interval(lower, torch.maximum(lower, upper), self.diagonal)
 
+    def on(self, signs: Tensor) -> Interval:
+        """The part on the positive side of 0 where `signs` [B, ...] are 1, on the negative where they are -1."""
+        lower = self.lower.clamp(min=0.0).where(signs > 0, self.lower)
+        upper = self.upper.clamp(max=0.0).where(signs < 0, self.upper)
+        # Where nothing is left any interval is true; one in order spares everybody else the question.
+        return Interval(torch.minimum(lower, upper), torch.maximum(lower, upper), self.diagonal)
+
     def checked(self, rounding: Rounding | None) -> Interval:
         """Unknown, in both directions, where evaluation in float32 might leave its range."""
         if rounding is None:

@@ -11,7 +11,7 @@ slopes ("same") are Fast-Lin (Weng et al., ICML 2018), the dual of Wong & Kolter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from trivet.certify.bounds.activations import Rectifier
 from trivet.certify.bounds.affine import merged
 from trivet.certify.bounds.interval import Ball, Box, Domain, Interval
-from trivet.certify.bounds.propagation import Propagation
+from trivet.certify.bounds.propagation import Lines, Propagation
 from trivet.certify.bounds.rounding import Arithmetic, Rounding
+from trivet.certify.bounds.slopes import chosen
 from trivet.certify.bounds.steps import Reader, Statistics, Step
 from trivet.certify.bounds.tracing import traced
 from trivet.errors import require
@@ -134,12 +135,15 @@ class Network:
         slope: Slope = "adaptive",
         arithmetic: Arithmetic | None = None,
         intervals: Sequence[Interval] | None = None,
+        signs: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """Lower bounds [B, S] of `specification` @ logits over `domain`; differentiable in weights and domain.
 
         `ibp` carries intervals forward, and merges the specification into the last affine layers. The others are one
         backward pass through linear relaxations of the rectifiers, whose intervals come from IBP (`crown-ibp`) or
-        from backward passes of their own for the neurons that IBP leaves unstable (`crown`).
+        from backward passes of their own for the neurons that IBP leaves unstable (`crown`); these two bounds may
+        fall below that of IBP, and where they do `crown` returns IBP's. `alpha-crown` starts there and improves the
+        slopes for each row by 20 steps of gradient ascent, with those intervals.
 
         Args:
             specification: [B or 1, S, K], one row for each linear function of the logits; or labels [B], which stand
@@ -151,31 +155,126 @@ class Network:
                 numbers alone; None, for nothing certain, as they are computed in the type of the weights without
                 error terms: for training.
             intervals: of every node, as `intervals` returns them, perhaps tightened; they are used as they are.
+            signs: of pre-activations (nodes), [B, ...] of -1, 0 and 1: on which side of 0 each value is assumed to lie
+                (0: on either). `alpha-crown` uses the assumption beyond what it says about `intervals`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
             use = self._use(domain, arithmetic)
-            if specification.ndim == 1:
-                if method == "ibp" and arithmetic is None and self.classes < len(domain):
-                    eye = torch.eye(self.classes, device=specification.device)
-                    pairs = (eye[:, None] - eye).flatten(0, 1)[None]
-                    found = self.margins(domain, pairs, method="ibp", intervals=intervals)
-                    places = self.classes * specification[:, None] + _others(specification, self.classes)
-                    return found.gather(1, places)
-                specification = margin_rows(specification, self.classes)
-            rows = specification.to(use.domain.dtype)
-            if method != "ibp" or arithmetic is not None:
-                rows = rows.expand(len(domain), -1, -1)
-            known = use.intervals() if intervals is None else list(intervals)
-            lines, constant = use.pull(rows, len(self.steps), known, slope, affine_only=method == "ibp")
-            return use.least(lines, constant, known)
+            if specification.ndim == 1 and method == "ibp" and arithmetic is None and self.classes < len(domain):
+                eye = torch.eye(self.classes, device=specification.device)
+                found = self.margins(
+                    domain, (eye[:, None] - eye).flatten(0, 1)[None], method="ibp", intervals=intervals
+                )
+                return found.gather(1, self.classes * specification[:, None] + _others(specification, self.classes))
+            rows = self._rows(specification, use)
+            known = self._given(domain, method, slope, arithmetic, intervals, signs)
+            last = len(self.steps)
+            if method != "crown-ibp":
+                interval_bound = use.least(*use.pull(rows, last, known, slope, affine_only=True), known)
+                if method == "ibp":
+                    return interval_bound
+            rows = rows.expand(len(domain), -1, -1)
+            bound = use.least(*use.pull(rows, last, known, slope), known)
+            if method == "crown-ibp":
+                return bound
+            if method == "alpha-crown":
+                bound = torch.maximum(bound, use.least(*self._pull_best(domain, use, rows, last, known, signs), known))
+            return torch.maximum(bound, interval_bound)
 
-    def intervals(self, domain: Domain, arithmetic: Arithmetic | None = None) -> list[Interval]:
-        """Intervals [B, ...] of every node over `domain`, by IBP.
+    def lines(
+        self,
+        domain: Domain,
+        specification: Tensor,
+        *,
+        method: Method = "crown",
+        slope: Slope = "adaptive",
+        arithmetic: Arithmetic | None = None,
+        intervals: Sequence[Interval] | None = None,
+        signs: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The linear bound behind `margins`, for any method but IBP: rows [B, S, *shape] and constants [B, S].
 
-        Without `arithmetic` a BatchNorm is taken into the layer before it, and the node between shows the same.
+        specification @ logits >= <rows, x> + constants for every x of the domain.
+        """
+        require(method != "ibp", "method='ibp' must be another: interval bounds are no lines.")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
+            use = self._use(domain, arithmetic)
+            rows = self._rows(specification, use).expand(len(domain), -1, -1)
+            known = self._given(domain, method, slope, arithmetic, intervals, signs)
+            last = len(self.steps)
+            if method == "alpha-crown":
+                lines, constant = self._pull_best(domain, use, rows, last, known, signs)
+            else:
+                lines, constant = use.pull(rows, last, known, slope)
+            return lines[0], constant
+
+    def intervals(
+        self,
+        domain: Domain,
+        arithmetic: Arithmetic | None = None,
+        *,
+        method: Method = "ibp",
+        slope: Slope = "adaptive",
+        known: Sequence[Interval] | None = None,
+        signs: Mapping[int, Tensor] | None = None,
+    ) -> list[Interval]:
+        """Intervals [B, ...] of every node over `domain`, never looser than those already `known`.
+
+        By IBP (`ibp`, `crown-ibp`), or by backward passes for the unstable neurons of every layer, with the slopes of
+        CROWN (`crown`) or the best found for each neuron (`alpha-crown`, some 50 times dearer). Without `arithmetic` a
+        BatchNorm is taken into the layer before it, and the node between shows the same.
+
+        Args:
+            signs: as for `margins`. Where they contradict what is known, no input is left, and the interval of that
+                value says nothing.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
-            return self._use(domain, arithmetic).intervals()
+            use = self._use(domain, arithmetic)
+
+            def pull(rows: Tensor, node: int, found: Sequence[Interval]) -> Lines:
+                if method == "alpha-crown":
+                    return self._pull_best(domain, use, rows, node, found, signs)
+                return use.pull(rows, node, found, slope)
+
+            return use.intervals(known, pull=None if method in ("ibp", "crown-ibp") else pull, signs=signs)
+
+    def _given(
+        self,
+        domain: Domain,
+        method: Method,
+        slope: Slope,
+        arithmetic: Arithmetic | None,
+        given: Sequence[Interval] | None,
+        signs: Mapping[int, Tensor] | None,
+    ) -> list[Interval]:
+        if given is not None:
+            return [interval.on(signs[i]) if signs and i in signs else interval for i, interval in enumerate(given)]
+        how: Method = "crown" if method == "alpha-crown" else method
+        return self.intervals(domain, arithmetic, method=how, slope=slope, signs=signs)
+
+    def _rows(self, specification: Tensor, use: Propagation) -> Tensor:
+        rows = margin_rows(specification, self.classes) if specification.ndim == 1 else specification
+        require(
+            rows.ndim == 3 and len(rows) in (1, len(use.domain)) and rows.shape[2] == self.classes,
+            f"specification must be [{len(use.domain)}, S, {self.classes}], got {tuple(rows.shape)}.",
+        )
+        rows = rows.to(use.domain.dtype)
+        return rows if use.rounding is None else rows.expand(len(use.domain), -1, -1)
+
+    def _pull_best(
+        self,
+        domain: Domain,
+        use: Propagation,
+        rows: Tensor,
+        node: int,
+        known: Sequence[Interval],
+        signs: Mapping[int, Tensor] | None,
+    ) -> Lines:
+        """A linear bound with the best slopes found; sought without error terms, used with those of `use`."""
+        rough = [Interval(each.lower.to(self.dtype), each.upper.to(self.dtype)) for each in known]
+        found = chosen(self._use(domain, None), rows.to(self.dtype), node, rough, signs or {})
+        slopes, multipliers = ({i: each.to(rows.dtype) for i, each in part.items()} for part in found)
+        return use.pull(rows, node, known, slopes, multipliers=multipliers)
 
     def _use(self, domain: Domain, arithmetic: Arithmetic | None) -> Propagation:
         require(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from trivet.certify.bounds.interval import Domain, Interval
 from trivet.certify.bounds.layer import Affine, Layer
 from trivet.certify.bounds.moving import Sum
 from trivet.certify.bounds.rounding import Rounding
+
+Lines = tuple[dict[int, Tensor], Tensor]
+"""A linear function: rows of nodes, [B, S, ...] each, and constants [B, S]."""
 
 Slopes = str | Mapping[int, Tensor]
 """Of the lower lines of unstable rectifiers: by name for all, or chosen for each node, [B, S, ...] or [B, 1, ...]."""
@@ -31,20 +34,28 @@ class Propagation:
     domain: Domain
     rounding: Rounding | None
 
-    def intervals(self, known: Sequence[Interval] | None = None, *, slopes: Slopes | None = None) -> list[Interval]:
-        """Of every node, layer by layer, and never looser than `known`.
+    def intervals(
+        self,
+        known: Sequence[Interval] | None = None,
+        *,
+        pull: Callable[[Tensor, int, Sequence[Interval]], Lines] | None = None,
+        signs: Mapping[int, Tensor] | None = None,
+    ) -> list[Interval]:
+        """Of every node, layer by layer, never looser than `known`, and on the side of 0 that `signs` say.
 
-        With `slopes`, the inputs of nonlinear layers are tightened by a backward pass each (CROWN), as far as it can
-        help: the neurons whose relaxation is exact already are left out.
+        With `pull`, which finds a lower bound of <rows, node>, the inputs of nonlinear layers are tightened by backward
+        passes for each of their neurons, as far as it can help: those whose relaxation is exact already are left out.
         """
         found = [self.domain.interval(self.rounding)]
         found[0] = found[0].intersect(known[0]) if known else found[0]
-        rough = self._rough() if slopes is not None else ()
+        rough = self._rough() if pull is not None else ()
         for node, layer in enumerate(self.layers, 1):
             interval = layer.bounds([found[i] for i in self.inputs[node - 1]], self.rounding)
             found.append(interval.intersect(known[node]) if known else interval)
-            if node in rough and slopes is not None:
-                found[node] = self._tightened(node, found, slopes)
+            if node in rough and pull is not None:
+                found[node] = self._tightened(node, found, pull)
+            if signs and node in signs:
+                found[node] = found[node].on(signs[node])
         return found
 
     def pull(
@@ -56,7 +67,7 @@ class Propagation:
         *,
         affine_only: bool = False,
         multipliers: Mapping[int, Tensor] | None = None,
-    ) -> tuple[dict[int, Tensor], Tensor]:
+    ) -> Lines:
         """A lower bound of <rows, node>, linear in earlier nodes, [B, S, ...] each, and its constant [B, S].
 
         That is in node 0, the input, or with `affine_only` in the nodes where the last affine layers begin.
@@ -89,31 +100,32 @@ class Propagation:
         """The smallest value of a linear bound, [B, S]; minus infinity where it is no number."""
         total = constant
         for node, rows in lines.items():
-            if node:
-                total = total + intervals[node].least(rows, self.rounding)
-            else:
-                total = total + torch.maximum(
-                    self.domain.least(rows, self.rounding), intervals[0].least(rows, self.rounding)
-                )
+            total = total + (intervals[node] if node else self.domain).least(rows, self.rounding)
         return total if self.rounding is None else total.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
-    def bound(self, rows: Tensor, node: int, intervals: Sequence[Interval], slopes: Slopes) -> Tensor:
-        """A lower bound of <rows, node> over the domain, [B, S], by one backward pass."""
-        return self.least(*self.pull(rows, node, intervals, slopes), intervals)
+    def behind(self, node: int) -> set[int]:
+        """The nodes on which `node` depends, and itself."""
+        found = {node}
+        for at in range(node, 0, -1):
+            if at in found:
+                found.update(self.inputs[at - 1])
+        return found
 
     def _rough(self) -> set[int]:
         """The nodes that a nonlinear layer reads and that a backward pass may tighten.
 
-        Behind a single layer that mixes numbers intervals are exact already; L1 balls are an exception.
+        Behind a single layer that mixes numbers intervals are exact already, and so they are behind a monotone function
+        of tight ones.
         """
-        mixed = [0]
+        mixed, monotone = [0], [False]
         rough: set[int] = set()
         for layer, before in zip(self.layers, self.inputs, strict=True):
             depth = max(mixed[i] for i in before)
             linear = isinstance(layer, Affine)
             mixed.append(depth + isinstance(layer, (Linear, Convolution, Sum)) if linear else 2)
+            monotone.append(not linear)
             if not linear:
-                rough.update(i for i in before if mixed[i] > 1)
+                rough.update(i for i in before if mixed[i] > 1 and not monotone[i])
         return rough
 
     @torch.no_grad()
@@ -124,7 +136,9 @@ class Propagation:
             return ((interval.lower < 0) & (interval.upper > 0)).flatten(1)
         return (interval.lower < interval.upper).flatten(1)
 
-    def _tightened(self, node: int, intervals: Sequence[Interval], slopes: Slopes) -> Interval:
+    def _tightened(
+        self, node: int, intervals: Sequence[Interval], pull: Callable[[Tensor, int, Sequence[Interval]], Lines]
+    ) -> Interval:
         """Interval number `node` where its neurons are loose, by backward passes for them and their negatives."""
         old = intervals[node]
         loose = self._loose(node, old)
@@ -140,7 +154,7 @@ class Propagation:
         for places in order.split(portion, 1):
             rows = lower.new_zeros(len(loose), places.shape[1], loose.shape[1]).scatter_(2, places[:, :, None], 1.0)
             both = torch.cat([rows, -rows], 1).unflatten(2, shape)
-            found.append(self.bound(both, node, intervals, slopes).unflatten(1, (2, -1)))
+            found.append(self.least(*pull(both, node, intervals), intervals).unflatten(1, (2, -1)))
         low, high = torch.cat(found, 2).unbind(1)
         new = Interval(lower.scatter(1, order, low).view(old.shape), upper.scatter(1, order, -high).view(old.shape))
         return old.intersect(new)
