@@ -61,13 +61,15 @@ def test_a_certificate_for_another_label_is_an_error(plain: nn.Module, test_part
     assert "certificate_disagrees" in raised(audited(plain, test_part, Stated(1e-4, shift=1)))
 
 
-def test_sampled_certificates_are_not_held_against_the_model_that_was_attacked() -> None:
-    """They are about the smoothed classifier: a proof is refuted by the very same numbers."""
+def test_certificates_of_a_smoothed_classifier_are_not_held_against_the_model_that_was_attacked() -> None:
+    """A proof about the model, whatever its alpha, is refuted by the very same numbers."""
     one = torch.ones(1, dtype=torch.int64)
-    for alpha, expected in ((0.0, True), (0.001, None)):
-        certificates = Certificates(torch.arange(1), one, torch.ones(1, dtype=torch.float64), "L2", alpha, ())
-        refuted, _ = consistency.of_certificates(certificates, one, one, torch.tensor([0.5], dtype=torch.float64))
-        assert refuted.raised is expected
+    near = torch.tensor([0.5], dtype=torch.float64)
+    for about, expected in (("model", True), ("smoothed", None)):
+        for alpha in (0.0, 0.001):
+            certificates = Certificates(torch.arange(1), one, torch.ones(1, dtype=torch.float64), "L2", alpha, ())
+            refuted, _ = consistency.of_certificates(certificates, about, one, one, near)  # type: ignore[arg-type]
+            assert refuted.raised is expected
 
 
 def test_a_model_that_mixes_the_records_of_a_batch_is_an_error(plain: nn.Module, test_part: Dataset) -> None:

@@ -238,7 +238,8 @@ class Audit:
         report = certificates.finding(self.certificate, obtained, part.labels, radii, seconds, self.confidence)
         near, said = sweep.distance[: len(part)], sweep.predicted[: len(part)]
         diagnosed = self._diagnose(sweep, obtained) if seen.differentiable and not seen.randomised else None
-        return report, diagnosed, consistency.of_certificates(obtained, part.labels, said, near)
+        found = consistency.of_certificates(obtained, self.certificate.about, part.labels, said, near)
+        return report, diagnosed, found
 
     def _diagnose(self, sweep: Sweep, obtained: Certificates) -> DiagnosisFinding | None:
         first = obtained.first(self.diagnosis)

@@ -5,6 +5,8 @@ A contradiction is a bug or a broken premise, in the model or in this program; n
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -53,18 +55,19 @@ def of_attacks(right: Tensor, standing: dict[str, Tensor], randomised: bool) -> 
     ]
 
 
-def of_certificates(certificates: Certificates, targets: Tensor, clean: Tensor, distance: Tensor) -> list[Check]:
+def of_certificates(
+    certificates: Certificates, about: Literal["model", "smoothed"], targets: Tensor, clean: Tensor, distance: Tensor
+) -> list[Check]:
     """Whether a proof about the model itself is refuted by what attacks found.
 
     Args:
+        about: of which classifier the certifier speaks; the attacks saw the model, and say nothing of a smoothed one.
         targets: [M] int64, the true labels of the certified inputs.
         clean: [M] int64, what the model says without attack.
         distance: [M] float64, how far the nearest adversarial point found lies, in the certificate's norm, 0 where
             the clean point is misclassified and infinite where nothing was found.
-
-    Sampled certificates (alpha > 0) are about the smoothed classifier, not about the model the attacks saw.
     """
-    proof = certificates.alpha == 0
+    attacked = about == "model"
     certified = (certificates.labels == targets) & ~certificates.abstained
     refuted = int((certified & (distance < certificates.radii)).sum())
     other = int((~certificates.abstained & (certificates.labels != clean)).sum())
@@ -72,14 +75,14 @@ def of_certificates(certificates: Certificates, targets: Tensor, clean: Tensor, 
         _check(
             "certificate_refuted",
             "A certificate is refuted by an attack",
-            refuted if proof else None,
+            refuted if attacked else None,
             "an adversarial point lies inside a certified ball",
             "The certificate is wrong or about another function than the one that was attacked; trust none of them.",
         ),
         _check(
             "certificate_disagrees",
             "A certificate names another label than the model",
-            other if proof else None,
+            other if attacked else None,
             "the certified label is not the model's own answer",
             "The certificate is about another function than the model.",
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +110,15 @@ def join(parts: Sequence[Certificates]) -> Certificates:
 class Certifier(ABC):
     """Proves, for each input, a ball on which a classifier is constant.
 
-    Which classifier (the model itself, or one built around it) is said by the class and by the conditions it issues.
+    Which classifier is said by the class and by the conditions it issues.
+
+    Class attributes say what holds for every instance:
+        about: "model", whose own answers are certified, so that attacks on it may refute a certificate; or "smoothed",
+            for classifiers built around the model by averaging over noise.
     """
 
     room: ClassVar[str] = "certify"
+    about: ClassVar[Literal["model", "smoothed"]] = "model"
 
     @abstractmethod
     def certify(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class PixelDP(Certifier):
         batch_size: passes computed together.
     """
 
+    about: ClassVar[Literal["model", "smoothed"]] = "smoothed"
     norm: Literal["L2", "L1"] = "L2"
     n: int = 1_000
     alpha: float = 0.05

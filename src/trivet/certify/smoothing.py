@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class Smoothing(Certifier):
             most. Falls back to eager execution where the compiler fails, and says so in the conditions.
     """
 
+    about: ClassVar[Literal["model", "smoothed"]] = "smoothed"
     sigma: float
     n0: int = 100
     n: int = 10_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class TwiceNoisedCertificate(Certifier):
         batch_size: passes computed together.
     """
 
+    about: ClassVar[Literal["model", "smoothed"]] = "smoothed"
     norm: Literal["Linf", "L1"] = "Linf"
     n: int = 1_000
     alpha: float = 0.001
