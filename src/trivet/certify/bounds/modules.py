@@ -49,7 +49,7 @@ def _batch_norm(build: Builder, module: nn.modules.batchnorm._BatchNorm, x: Flow
     )
 
     def make(read: Reader) -> Scale:
-        mean, variance = read.statistics(module)
+        mean, variance = (read(each) for each in (module.running_mean, module.running_var))  # type: ignore[arg-type]
         factor = (variance + module.eps).rsqrt()
         if module.affine:
             factor = factor * read(module.weight)

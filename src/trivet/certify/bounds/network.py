@@ -11,10 +11,9 @@ slopes ("same") are Fast-Lin (Weng et al., ICML 2018), the dual of Wong & Kolter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +24,14 @@ from trivet.certify.bounds.interval import Ball, Box, Domain, Interval
 from trivet.certify.bounds.propagation import Lines, Propagation
 from trivet.certify.bounds.rounding import Arithmetic, Rounding
 from trivet.certify.bounds.slopes import chosen
-from trivet.certify.bounds.steps import Reader, Statistics, Step
+from trivet.certify.bounds.steps import Reader, Step
 from trivet.certify.bounds.tracing import traced
 from trivet.errors import require
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Slope = Literal["adaptive", "zero", "one", "same"]
 
-__all__ = ["Ball", "Box", "Network", "batch_statistics", "margin_rows"]
+__all__ = ["Ball", "Box", "Network", "margin_rows"]
 
 
 def margin_rows(labels: Tensor, classes: int) -> Tensor:
@@ -47,37 +46,6 @@ def _others(labels: Tensor, classes: int) -> Tensor:
     return others + (others >= labels[:, None])
 
 
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Collects by which mean and variance every BatchNorm in training mode normalises the batch of one forward pass.
-
-    Certified training must bound the network that the clean pass of the same step computed. An objective writes
-
-        with batch_statistics(model) as statistics:
-            logits = model(batch.inputs)
-        margins = network.using(statistics).margins(...)
-
-    and gradients flow through the statistics, too, unless they are detached. Layers in eval mode are left out: the
-    network normalises by their running statistics anyhow.
-    """
-    collected: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module.training:
-            require(module not in collected, "a BatchNorm is used twice in one pass, each time with other statistics.")
-            axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
-            variance, mean = torch.var_mean(inputs[0], axes, correction=0)
-            collected[module] = mean, variance
-
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    hooks = [module.register_forward_pre_hook(collect) for module in norms]
-    try:
-        yield collected
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @dataclass(frozen=True, eq=False)
 class Network:
     """A model's layers, in eval mode, with bounds; its weights are read at every use, so that they may be trained.
@@ -86,18 +54,20 @@ class Network:
         steps: in order of computation; step i makes node i + 1, and node 0 is the input.
         shapes: of one record at every node.
         activations: for each rectifier (its node, the node of its pre-activation).
-        statistics: what BatchNorms normalise by instead of their running statistics (`using`).
+        dtype: of the weights.
     """
 
     steps: tuple[Step, ...]
     shapes: tuple[torch.Size, ...]
     activations: tuple[tuple[int, int], ...]
     dtype: torch.dtype
-    statistics: Statistics = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, shape: Sequence[int]) -> Network:
         """The network of `model` for inputs [B, *shape]. Dropout is left out, and BatchNorm uses running statistics.
+
+        Certified training bounds the network that the clean pass of the same step computed: within
+        `trivet.models.batch_statistics.held_at` the running statistics are those of the batch, with their gradients.
 
         Raises:
             BadValue: a layer without bounds, hooks, or a forward that is no fixed sequence of steps.
@@ -114,15 +84,11 @@ class Network:
     def classes(self) -> int:
         return self.shapes[-1][0]
 
-    def using(self, statistics: Statistics) -> Network:
-        """The same network, normalising by these mean and variance where a BatchNorm is given some."""
-        return replace(self, statistics=statistics)
-
     def __call__(self, x: Tensor) -> Tensor:
         """The logits [B, K]."""
         values = [x]
         for step in self.steps:
-            layer = step.make(Reader(batch_statistics=self.statistics))
+            layer = step.make(Reader())
             values.append(layer(*(values[node] for node in step.inputs)))
         return values[-1]
 
@@ -282,7 +248,7 @@ class Network:
             f"arithmetic='float32' must be asked of float32 weights, and these are {self.dtype}.",
         )
         dtype = None if arithmetic is None else torch.float64
-        read = Reader(dtype, arithmetic is not None, self.statistics)
+        read = Reader(dtype, arithmetic is not None)
         layers = [step.make(read) for step in self.steps]
         inputs = [step.inputs for step in self.steps]
         if arithmetic is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from trivet.certify.bounds.affine import Averaging
 from trivet.certify.bounds.layer import Layer
@@ -16,9 +16,6 @@ from trivet.errors import TrivetError
 
 PROBES = 3
 """Rows of made-up inputs on which a traced network is compared with its model."""
-
-Statistics = Mapping[nn.Module, tuple[Tensor, Tensor]]
-"""Mean and variance [C] by which each BatchNorm normalises, where they are not its running ones."""
 
 
 class Unbounded(TrivetError):
@@ -37,22 +34,16 @@ class Reader:
     Attributes:
         dtype: None for the type that they have.
         exact: whether error terms will be asked for.
-        batch_statistics: for `statistics`.
     """
 
     dtype: torch.dtype | None = None
     exact: bool = False
-    batch_statistics: Statistics = field(default_factory=dict)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def optional(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else self(tensor)
-
-    def statistics(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        mean, variance = self.batch_statistics.get(norm) or (norm.running_mean, norm.running_var)
-        return self(mean), self(variance)  # type: ignore[arg-type]
 
 
 Make = Callable[[Reader], Layer]
