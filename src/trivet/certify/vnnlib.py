@@ -53,7 +53,7 @@ class Case:
 
     def box(self) -> tuple[Tensor, Tensor]:
         """The box in float64 [n] each, rounded outward: it contains every point of the exact one."""
-        ends = ([_rounded(v, -1) for v in self.lower], [_rounded(v, 1) for v in self.upper])
+        ends = ([rounded(v, -1) for v in self.lower], [rounded(v, 1) for v in self.upper])
         lower, upper = (torch.tensor(end, dtype=torch.float64) for end in ends)
         return lower, upper
 
@@ -337,7 +337,7 @@ def _refuse_too_many(cases: int, line: int) -> None:
         raise _Misread(line, f"the property falls into more than {MAX_CASES} cases")
 
 
-def _rounded(value: Fraction, direction: int) -> float:
+def rounded(value: Fraction, direction: int) -> float:
     """The float64 next to an exact number at or below it (direction -1), or at or above it (1)."""
     try:
         nearest = value.numerator / value.denominator  # correctly rounded
