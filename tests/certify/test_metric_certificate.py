@@ -166,7 +166,7 @@ def test_with_one_point_of_the_class_the_bound_is_exact() -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10**6), st.sampled_from([1, 3, 5]), st.integers(2, 4))
+@given(st.integers(0, 10**6), st.sampled_from([1, 3, 5, 11]), st.integers(2, 4))
 def test_no_change_inside_the_radius_changes_the_answer(seed: int, k: int, classes: int) -> None:
     """2-D, all directions at several depths, and straight at every point of another class."""
     model, x = knn(seed, points=25, classes=classes, k=k), queries(seed, 4)

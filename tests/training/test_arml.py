@@ -76,7 +76,7 @@ def test_points_that_coincide_under_the_metric_give_no_infinite_margin() -> None
 @pytest.mark.parametrize("candidates", [1, 4, 1000])
 def test_triples_are_drawn_from_all_and_only_the_nearest(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Brute force; 12 records of 3 classes, 400 draws: one of at most 8 candidates missed with chance below 1e-19."""
-    monkeypatch.setattr("trivet.training.arml._BLOCK", 5)
+    monkeypatch.setattr("trivet.training.arml._BLOCK", 3)
     x, labels = records(number=12)
     allowed_own, allowed_others = [], []
     for row, each in enumerate(x):
