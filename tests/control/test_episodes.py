@@ -18,6 +18,7 @@ from trivet.control.cartpole import CartPole
 from trivet.control.environment import Environment
 from trivet.control.episodes import View, play, pushed
 from trivet.control.greedy_flip import GreedyFlip
+from trivet.control.steady_push import SteadyPush
 from trivet.errors import BadValue
 from trivet.randomness import generator
 from trivet.statistics import gaussian_shift
@@ -258,3 +259,29 @@ def test_of_several_flips_the_one_to_the_worst_action_is_taken() -> None:
 def test_an_attack_without_sense_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(BadValue, match=f"{next(iter(settings))}="):
         GreedyFlip(**settings)
+
+
+# Steady pushes.
+
+
+def test_steady_pushes_spend_the_budget_in_equal_parts_and_attain_the_certificate() -> None:
+    """Against the linear game's agent they are the best attack: along the weights, an equal share for each step."""
+    found = play(GAME, AGENT, EPISODES, seed=0, purpose="test", adversary=SteadyPush(4, draws=64), budget=BUDGET)
+    assert found.spent.tolist() == pytest.approx([BUDGET] * EPISODES)
+    few = play(Game(horizon=1), Linear([1.0], -0.2), 3, seed=0, purpose="test", adversary=SteadyPush(1), budget=0.25)
+    assert few.returns.tolist() == [0.0] * 3
+    assert few.spent.tolist() == pytest.approx([0.25] * 3)
+    bound = gaussian_shift(norm.cdf(0.2 / SIGMA), BUDGET / SIGMA)
+    assert float(found.returns.mean()) > bound - SLACK
+
+
+def test_a_push_goes_against_the_preference_and_stops_after_its_steps() -> None:
+    left = torch.tensor([0.09, 0.09], dtype=torch.float64)
+    seen = torch.tensor([[0.5], [-0.5]], dtype=torch.float64)
+    for step, expected in ((0, [-0.15, 0.15]), (3, [-0.3, 0.3]), (4, [0.0, 0.0])):
+        view = View(Linear([1.0], 0.0), seen, torch.zeros(2, 0, 1), left, step, 0.0, torch.Generator())
+        assert SteadyPush(4)(view).flatten().tolist() == pytest.approx(expected)
+    with pytest.raises(BadValue, match="steps=0"):
+        SteadyPush(0)
+    with pytest.raises(BadValue, match="draws=0"):
+        SteadyPush(draws=0)

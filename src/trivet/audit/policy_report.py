@@ -51,7 +51,7 @@ def render_policy(subject: PolicySubject) -> str:
 def _masthead(found: PolicyFindings) -> Html:
     environment = found.environment
     pairs: list[tuple[str, Content]] = [
-        ("environment", f"{environment['name']}, at most {environment['horizon']} steps"),
+        ("environment", f"{environment.get('name') or environment['import']}, at most {environment['horizon']} steps"),
         ("noise", f"sigma {environment['sigma']:g} on each observation, {environment['frames']} frames"),
         ("against", "every shift of an episode's observations within an l_2 budget"),
         ("date", str(found.provenance.get("date", ""))[:10]),

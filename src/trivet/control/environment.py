@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trivet.errors import require
+from trivet.methods import spec_of
 
 States = NDArray[np.floating]
 """[N, S], the states of N episodes."""
@@ -50,6 +51,12 @@ class Environment(ABC):
         require(self.frames >= 1, f"frames={self.frames} must be at least 1.")
         require(0 <= self.sigma < math.inf, f"sigma={self.sigma} must be finite and not negative.")
         require(self.horizon >= 1, f"horizon={self.horizon} must be at least 1.")
+
+    @property
+    def title(self) -> str:
+        """What sentences call it: its name in recipes, or where the user's own class lives."""
+        spec = spec_of(self)
+        return str(spec.get("name") or spec["import"])
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trivet.control.episodes import View
+from trivet.control.observation_attack import ObservationAttack
 from trivet.errors import require
 from trivet.methods import method
 
 
 @method(title="Greedy action flips", paper="Kumar, Levine & Feizi, ICLR 2022", year=2022, legs="robust")
 @dataclass(frozen=True)
-class GreedyFlip:
+class GreedyFlip(ObservationAttack):
     """At each step, the cheapest shift found that turns the agent's choice to a bad action; what is left is carried on.
 
     The agent's value of an action is its mean over `draws` of the noise to come, on top of the noisy frames it has
@@ -35,7 +35,6 @@ class GreedyFlip:
         step: length of a step of ascent.
     """
 
-    room: ClassVar[str] = "control"
     threshold: float = 0.0
     draws: int = 128
     step: float = 0.01

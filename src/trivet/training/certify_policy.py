@@ -91,7 +91,7 @@ class CertifyPolicy(Stage):
     def _claim(self, found: PolicyCertificate, checkpoint: Checkpoint, context: Context) -> CertificateClaim:
         budget = self.threat.eps
         value = found.mean(budget)
-        name = spec_of(self.environment)["name"]
+        name = self.environment.title
         obtained: dict[str, Any] = {"name": "policy_smoothing", "seed": context.seed, **spec_of(self.smoothing())}
         return CertificateClaim(
             statement=f"With confidence {1 - self.alpha:g}, the smoothed agent's mean return per episode of {name}, at "
