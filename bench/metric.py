@@ -1,7 +1,8 @@
 """How robust nearest neighbours are under metrics learnt by ARML and by its rivals: certified errors, paired by split.
 
     python bench/metric.py --data iris wine breast_cancer --threads 1 --out results/metric-tables.json
-    python bench/metric.py --data digits mnist --rounds 3 --threads 1 --out results/metric.json
+    python bench/metric.py --data digits --rounds 3 --threads 1 --out results/metric.json
+    python bench/metric.py --data mnist --rounds 3 --threads 1 --points 100 --out results/metric-mnist.json
 
 A round is another split: of the tables and digits, 70 % to train and 30 % to test, stratified; of MNIST, other records
 to train and to test, which no two rounds share. Tables are scaled to [0, 1] by column, by the training records; images
