@@ -35,8 +35,9 @@ from trivet.objectives.warm_up import warm_up_penalty
 from trivet.threats.losses import cross_entropy
 from trivet.threats.threat import ThreatModel
 
-_LAST: list[tuple[ref[nn.Module], tuple[object, ...], Network]] = []
-"""The network bounded last; one alone, because it keeps its layers alive."""
+_KNOWN: dict[int, tuple[ref[nn.Module], tuple[object, ...], Network]] = {}
+"""Networks by the identity of their model, the oldest first: a few, because they keep layers alive."""
+_MOST_KNOWN = 16
 _LEAST = 1e-6
 """The radius at which the warm-up regularizer looks at a network while eps_t is 0."""
 
@@ -200,10 +201,15 @@ def network_of(model: nn.Module, shape: Sequence[int]) -> Network:
     weight = next(model.parameters())
     modules = ((name, id(module), type(module)) for name, module in model.named_modules())
     layout = (tuple(shape), weight.dtype, weight.device, *modules)
-    if _LAST and _LAST[0][0]() is model and _LAST[0][1] == layout:
-        return _LAST[0][2]
+    known = _KNOWN.get(id(model))
+    if known and known[0]() is model and known[1] == layout:
+        return known[2]
     network = Network.of(model, shape)
-    _LAST[:] = [(ref(model), layout, network)]
+    for key in [key for key, (of, _, _) in _KNOWN.items() if of() in (None, model)]:
+        del _KNOWN[key]
+    while len(_KNOWN) >= _MOST_KNOWN:
+        del _KNOWN[next(iter(_KNOWN))]
+    _KNOWN[id(model)] = ref(model), layout, network
     return network
 
 
