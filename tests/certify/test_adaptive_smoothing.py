@@ -283,6 +283,30 @@ def test_a_radius_beyond_what_the_counts_allow_does_not_follow() -> None:
     assert not GRID.follows(replace(sound, evidence=fewer))
 
 
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        (GRID, {"count": 10**6}),
+        (GRID, {"reached_n": 3_999, "reached": 3_999}),  # more than were drawn
+        (GRID, {"reached": 10**6}),
+        (GRID, {"n": 10**6, "reached_n": 10**6, "reached": 10**6}),  # more than n
+        (GRID, {"class": -1}),
+        (GRID, {"count": -1}),
+        (LOSS, {"count": 10**6}),
+        (LOSS, {"n": 4_000, "count": 4_000}),  # more than planned
+        (LOSS, {"n": 10**6, "planned": 10**6, "count": 10**6}),
+        (LOSS, {"class": -1}),
+    ],
+    ids=str,
+)
+def test_counts_that_cannot_be_are_not_believed(settings: AdaptiveSmoothing, changes: dict[str, int]) -> None:
+    sound = settings.certify(LINE, at_distances(torch.tensor([0.15, 0.3])), seed=0)
+    changed = {name: values.clone() for name, values in sound.evidence.items()}
+    for name, value in changes.items():
+        changed[name][1] = value
+    assert not settings.follows(replace(sound, evidence=changed))
+
+
 def test_the_shares_are_votes_over_copies() -> None:
     for settings in (GRID, LOSS, Smoothing(0.25, n=2_000)):
         certificates = settings.certify(LINE, at_distances(torch.tensor([0.1, 0.3])), seed=0)

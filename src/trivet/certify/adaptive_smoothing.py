@@ -132,17 +132,16 @@ class AdaptiveSmoothing(Smoothing, Resumable):
         return run.finished(torch.arange(len(certificates)))
 
     def follows(self, certificates: Certificates) -> bool:
-        run = _Run(self, certificates.index)
-        if certificates.evidence.keys() != run.evidence.keys() or (certificates.norm, certificates.alpha) != (
-            self.norm,
-            self.alpha,
-        ):
+        run, expected = _Run(self, certificates.index), (self.norm, self.alpha)
+        if certificates.evidence.keys() != run.evidence.keys() or (certificates.norm, certificates.alpha) != expected:
             return False
         run.take(certificates)
-        possible = run.certificates
-        label = (certificates.labels == possible.labels) | certificates.abstained
+        if not run.possible:
+            return False
+        best = run.certificates
+        label = (certificates.labels == best.labels) | certificates.abstained
         # Special functions differ in the last digits between releases, but not in the ninth.
-        return bool((label & (certificates.radii <= (1 + 1e-9) * possible.radii)).all())
+        return bool((label & (certificates.radii <= (1 + 1e-9) * best.radii)).all())
 
     def shares(self, certificates: Certificates) -> Tensor:
         return certificates.evidence["count"] / certificates.evidence["n"].clamp(min=1).double()
@@ -202,6 +201,22 @@ class _Run:
             if position in rows:
                 for name, values in self.evidence.items():
                     values[row] = earlier.evidence[name][rows[position]]
+
+    @property
+    def possible(self) -> bool:
+        """Whether these numbers can have been counted at all."""
+        e, most = self.evidence, torch.tensor(self.settings.n)
+        pairs = [(e["count"], e["n"]), (e["n"], most)]
+        if self.settings.radii:
+            pairs += [(e["reached"], e["reached_n"]), (e["reached_n"], e["n"])]
+        else:
+            pairs += [(e["n"], e["planned"]), (e["planned"], most)]
+        counts = [values for name, values in e.items() if name != "class"]
+        return (
+            all(bool((low <= high).all()) for low, high in pairs)
+            and all(bool((values >= 0).all()) for values in counts)
+            and bool(((e["class"] >= 0) | (e["n"] == 0)).all())
+        )
 
     def level(self, rows: Tensor) -> Tensor:
         """How many of the radii are reached at some of the inputs."""
