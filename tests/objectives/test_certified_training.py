@@ -141,8 +141,11 @@ def test_the_attack_sees_the_network_of_the_clean_pass(convnet, batch) -> None:
     assert not torch.equal(attack.perturb(convnet, batch, END), expected)
 
 
-def test_the_regularizer_is_the_written_one(rectified, exact_batch) -> None:
-    """Unit by unit, from intervals computed by hand; the weight falls with the radius."""
+@pytest.mark.parametrize("shift", [-0.1, 0.0, 0.4])
+def test_the_regularizer_is_the_written_one(shift, rectified, exact_batch) -> None:
+    """Unit by unit, from intervals computed by hand, with units mostly off, even, or mostly on; its weight falls."""
+    rectified[0].bias.data += shift
+    rectified[2].bias.data += shift
     lower, upper = ball(exact_batch, 0.05)
     ends = by_hand(rectified, lower, upper)
     first, total = float(((upper - lower) / 2).mean()), 0.0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from trivet.data.dataset import Batch
+from trivet.data.dataset import Batch, Dataset
 from trivet.methods import build, methods, spec_of
 from trivet.objectives.objective import Objective, Progress
 from trivet.threats.l2 import L2
@@ -227,3 +227,12 @@ def test_the_radius_ramp_scales_radius_and_step(mlp, batch) -> None:
         for step in (0, 10, 25, 50, 99)
     ]
     assert reach == pytest.approx([0.0, 0.2 * EPS, 0.5 * EPS, EPS, EPS], rel=1e-3)
+
+
+def test_weight_perturbation_passes_on_what_its_objective_asks_of_held_out_records(mlp, batch, progress) -> None:
+    objective = made("awp", objective={"name": "single_prop", "weight": "adaptive"})
+    assert objective.needs_holdout
+    assert not made("awp").needs_holdout
+    held = Dataset(batch.inputs, batch.labels, tuple("abcd"), "held", scale=1.0)
+    assert "kappa" in objective.judge(mlp.eval(), held, progress)
+    assert "kappa" in objective.state()

@@ -14,7 +14,7 @@ from trivet.errors import BadValue
 from trivet.objectives.certified import Step, network_of
 from trivet.objectives.ibp import Ibp
 from trivet.objectives.objective import Progress
-from trivet.objectives.sabr import Sabr
+from trivet.objectives.sabr import Sabr, small_box
 from trivet.threats.linf import Linf
 
 END = Progress(step=9, steps=10, epoch=9.0, seed=7)
@@ -41,8 +41,8 @@ def test_the_small_box_is_the_written_one_lies_in_the_ball_and_holds_the_point_o
     lower, upper = ball(exact_batch, EPS)
     x = lower + (upper - lower) * torch.rand_like(lower)
     x[0], x[1] = lower[0], upper[1]
-    step = Step(rectified, network_of(rectified, (2, 4, 4)), exact_batch, x, EPS, 1.0)
-    box = objective.small_box(step)
+    step = Step(rectified, network_of(rectified, (2, 4, 4)), exact_batch, x, EPS, 1.0, END)
+    box = small_box(step, objective.lam)
     torch.testing.assert_close(box.upper - box.lower, 0.25 * (upper - lower))
     assert (box.lower >= lower - 1e-12).all()
     assert (box.upper <= upper + 1e-12).all()
@@ -63,8 +63,8 @@ def test_shrinking_multiplies_the_upper_ends_of_unstable_units_before_each_relu(
     """By hand, layer by layer, with the margins of the last layer merged."""
     objective = Sabr(Linf(EPS), lam=0.5, shrink=0.8)
     x = objective.perturb(rectified, exact_batch, END)
-    step = Step(rectified, network_of(rectified, (2, 4, 4)), exact_batch, x, EPS, 1.0)
-    box, seen = objective.small_box(step), 0
+    step = Step(rectified, network_of(rectified, (2, 4, 4)), exact_batch, x, EPS, 1.0, END)
+    box, seen = small_box(step, objective.lam), 0
     lower, upper = box.lower, box.upper
     from interval_rules import by_hand, merged_margins
 

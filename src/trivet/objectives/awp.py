@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trivet.data.dataset import Batch
+from trivet.data.dataset import Batch, Dataset
 from trivet.errors import require
 from trivet.methods import method
 from trivet.objectives.objective import Losses, Objective, Progress
@@ -94,6 +94,13 @@ class Awp(Objective):
             name: self.gamma * theta.detach().norm() / (gradient.norm() + 1e-20) * gradient
             for (name, theta), gradient in zip(weights.items(), gradients, strict=True)
         }
+
+    @property
+    def needs_holdout(self) -> bool:
+        return self.objective.needs_holdout
+
+    def judge(self, model: nn.Module, held: Dataset, progress: Progress) -> Mapping[str, float]:
+        return self.objective.judge(model, held, progress)
 
     def state(self) -> dict[str, Tensor]:
         return self.objective.state()

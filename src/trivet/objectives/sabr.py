@@ -47,15 +47,17 @@ class Sabr(AttackedTraining):
         require(0 < self.shrink <= 1, f"shrink={self.shrink} must lie in (0, 1].")
 
     def robust(self, step: Step) -> Robust:
-        box = self.small_box(step)
+        box = small_box(step, self.lam)
         intervals = step.network.intervals(box) if self.shrink == 1 else _shrunk(step.network, box, self.shrink)
         lower = step.network.margins(box, step.batch.labels, method="ibp", intervals=intervals)
         return Robust(robust_cross_entropy(lower), intervals)
 
-    def small_box(self, step: Step) -> Box:
-        radius = self.lam * (step.box.upper - step.box.lower) / 2
-        centre = torch.clamp(step.perturbed, step.box.lower + radius, step.box.upper - radius)
-        return Box(centre - radius, centre + radius)
+
+def small_box(step: Step, lam: float) -> Box:
+    """`lam` times as wide as the whole box and within it, around the perturbed point or, near its faces, beside it."""
+    radius = lam * (step.box.upper - step.box.lower) / 2
+    centre = torch.clamp(step.perturbed, step.box.lower + radius, step.box.upper - radius)
+    return Box(centre - radius, centre + radius)
 
 
 def _shrunk(network: Network, box: Box, factor: float) -> Sequence[Interval]:
