@@ -92,7 +92,7 @@ def rivals(eps: float) -> list[Rival]:
         Rival("SingleProp zero, in the time of IBP", {"name": "single_prop", **ramp}, in_time_of="IBP"),
         Rival("SingleProp fastlin", {"name": "single_prop", "variant": "fastlin", **ramp}),
         Rival("IBP, Shi et al.", {"name": "ibp", **warm}, **shi),
-        Rival("CROWN-IBP", {"name": "crown_ibp", "slope": "zero", **warm}, **shi),
+        Rival("CROWN-IBP, loss fusion", {"name": "crown_ibp", "slope": "zero", "fusion": True, **warm}, **shi),
         Rival("SABR", {"name": "sabr", "lam": lam, "steps": 5, **warm}, **shi),
         Rival("MTL-IBP", {"name": "mtl_ibp", "alpha": alpha, **warm}, **shi),
     ]
