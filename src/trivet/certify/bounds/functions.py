@@ -137,7 +137,12 @@ def pad(build: Builder, x: Flow, amounts: Sequence[int], mode: str = "constant",
     if mode != "constant" or fill == 0:
         return build.move(lambda each: F.pad(each, list(amounts), mode), x)
     refuse_unless(math.isfinite(fill), f"pads with {fill}")
-    return build.add(lambda _: Padding(lambda each: F.pad(each, list(amounts)), build.shape(x), fill), x)
+
+    def padded(each: Tensor) -> Tensor:
+        return F.pad(each, list(amounts))
+
+    filled = fill * (1 - padded(torch.ones_like(build.values[x.node][0])))
+    return build.add(lambda read: Padding(padded, read(filled)), x)
 
 
 def _cat(build: Builder, tensors: Sequence[Any], dim: int = 0) -> Flow:

@@ -78,13 +78,12 @@ class Reshaping(Moving):
 
 @dataclass(frozen=True, eq=False)
 class Padding(Moving):
-    """Padding with a number other than 0; `move` pads records of `shape` with 0."""
+    """Padding with a number other than 0: `move` pads with 0, `filled` is what is added to that."""
 
-    shape: tuple[int, ...]
-    fill: float
+    filled: Tensor
 
     def constant(self) -> Tensor:
-        return self.fill * (1 - self.move(torch.ones(1, *self.shape))[0])
+        return self.filled
 
 
 @dataclass(frozen=True, eq=False)
