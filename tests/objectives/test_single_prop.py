@@ -240,3 +240,23 @@ def test_its_judge_counts_what_interval_bounds_certify_without_clipping_rules_of
 def test_wrong_settings_are_refused_by_name(wrong) -> None:
     with pytest.raises(BadValue, match=next(iter(wrong))):
         SingleProp(Linf(0.1), **wrong)
+
+
+def test_batch_norm_scales_the_radius_by_its_statistics_of_the_clean_batch(convnet, exact_batch) -> None:
+    """|gamma| / sqrt(var + eps), with the variance of what the layer got; the clean loss is that of plain training."""
+    net = convnet.double()
+    net[1].weight.data = torch.tensor([1.5, -0.5, 1.0, 2.0, -1.0, 0.3]).double()
+    values = net[0](exact_batch.inputs)
+    scale = net[1].weight.abs() / (values.var((0, 2, 3), correction=0) + net[1].eps).sqrt()
+    ones = torch.full_like(exact_batch.inputs, 0.05)
+    before = nn.functional.conv2d(ones, net[0].weight.abs(), padding=1) * scale.view(-1, 1, 1)
+    middle = nn.functional.batch_norm(values, None, None, net[1].weight, net[1].bias, training=True)
+    after = error_after_relu(middle, before, "zero").flatten(1) @ net[4].weight.abs().T
+    z = net[4](middle.relu().flatten(1))
+    own = nn.functional.one_hot(exact_batch.labels, 4)
+    worst = nn.functional.cross_entropy(z + after * (1 - 2 * own), exact_batch.labels, reduction="none")
+    found = SingleProp(Linf(0.05), kappa_end=0.0)(net, exact_batch, END)
+    torch.testing.assert_close(found.per_example, worst)
+    torch.testing.assert_close(
+        found.log["natural"], nn.functional.cross_entropy(z, exact_batch.labels, reduction="none").detach()
+    )

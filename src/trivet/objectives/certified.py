@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.certify.bounds.affine import merged
 from trivet.certify.bounds.interval import Box, Interval
 from trivet.certify.bounds.layer import Layer
 from trivet.certify.bounds.network import Network, margin_rows
@@ -217,8 +218,12 @@ def network_of(model: nn.Module, shape: Sequence[int]) -> Network:
 
 
 def layers(network: Network) -> list[tuple[Layer, tuple[int, ...]]]:
-    """Each layer with the weights of now, and the nodes it reads; layer i makes node i + 1, node 0 is the input."""
-    return [(step.make(Reader()), step.inputs) for step in network.steps]
+    """Each layer with the weights of now, and the nodes it reads; layer i makes node i + 1, node 0 is the input.
+
+    A BatchNorm is taken into the layer before it, where it costs nothing; the node between them shows the same as it.
+    """
+    inputs = [step.inputs for step in network.steps]
+    return list(zip(merged([step.make(Reader()) for step in network.steps], inputs), inputs, strict=True))
 
 
 def clipped_box(x: Tensor, eps: float) -> Box:
