@@ -253,6 +253,18 @@ def test_what_stands_when_a_run_is_cut_off_claims_no_more_than_the_end(monkeypat
             assert bool((found.radii <= end.radii).all())
 
 
+def test_earlier_counts_belong_to_their_inputs_whatever_the_order() -> None:
+    net, x = small_cnn(), images(6)
+    for settings in CUT:
+        whole = settings.certify(net, x, seed=5)
+        order = torch.tensor([4, 1, 3, 0])
+        found = settings.go_on(net, x[order], seed=5, index=order, earlier=whole.select(slice(0, 4)))
+        for row, position in enumerate(order.tolist()):
+            assert {k: int(v[row]) for k, v in found.evidence.items()} == {
+                k: int(v[position]) for k, v in whole.evidence.items()
+            }
+
+
 def test_nothing_is_counted_again_for_finished_inputs() -> None:
     def never(x: Tensor) -> Tensor:
         if len(x) > 2:  # two rows are the look at whether rows are coupled

@@ -168,6 +168,14 @@ def test_the_attacked_noise_stays_near_the_ball_and_keeps_its_statistics(trained
         assert not views.requires_grad
 
 
+def test_a_step_is_twice_the_radius_over_the_number_of_steps() -> None:
+    noise, gradient = (torch.randn(3, 1, 40, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for steps in (4, 8):
+        moved = CatRs(1.0, eps=2.0, steps=steps)._moved(noise, gradient, noise)
+        length = (moved - noise).flatten(1).norm(dim=1)  # rescaling 1,600 pixels hardly moves them
+        torch.testing.assert_close(length, torch.full((3,), 4.0 / steps), rtol=0.1, atol=0)
+
+
 def test_renormalising_noise_of_mean_zero_gives_it_the_wanted_size_exactly() -> None:
     moved, noise = (torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     moved, noise = (rows - rows.flatten(1).mean(1).view(5, 1, 1, 1) for rows in (3 * moved, noise))
