@@ -84,7 +84,7 @@ def test_mountain_car_is_observed_in_units_of_its_range() -> None:
 def test_what_is_possible_is_known_before() -> None:
     cart, car = CartPole(horizon=7), MountainCar()
     assert cart.returns == (1, 2, 3, 4, 5, 6, 7)
-    assert cart.decided_by == (0, 1, 2, 3, 4, 5, 6)
+    assert cart.decided_by == (0, 0, 1, 2, 3, 4, 5)
     assert (car.returns, car.decided_by, car.r_min) == ((1.0,), (999,), 0.0)
     assert (cart.input_shape, cart.num_classes) == ((1, 1, 4), 2)
     assert (MountainCar(frames=3).input_shape, car.num_classes) == ((3, 1, 2), 3)

@@ -74,6 +74,14 @@ def test_episodes_are_named_by_the_seed_and_differ_from_each_other() -> None:
     assert len(once.unique()) > 3
 
 
+def stacked(environment: Any) -> Any:
+    return gymnasium.wrappers.FrameStackObservation(environment, 4)
+
+
+def normalised(environment: Any) -> Any:
+    return gymnasium.wrappers.NormalizeObservation(environment)
+
+
 def test_what_cannot_be_smoothed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadValue, match="sigma=-1"):
         smoothed(cartpole(), -1)
@@ -82,6 +90,9 @@ def test_what_cannot_be_smoothed_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     choice = gymnasium.wrappers.TransformObservation(cartpole(), lambda _: 0, gymnasium.spaces.Discrete(3))
     with pytest.raises(BadValue, match="a Box"):
         smoothed(choice, 0.1)
+    for wrapper, words in ((stacked, "stacks frames before the noise"), (normalised, "statistics of what it has seen")):
+        with pytest.raises(BadValue, match=words):
+            smoothed(gymnasium.wrappers.ClipReward(wrapper(cartpole()), 0, 1), 0.1)
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(TrivetError, match=r"pip install 'trivet\[rl\]'"):
         smoothed(None, 0.1)  # type: ignore[arg-type]

@@ -41,8 +41,9 @@ class CartPole(Environment):
 
     @property
     def decided_by(self) -> tuple[int, ...]:
-        # The k-th reward needs that k - 1 steps did not end the episode; each follows from one observation.
-        return tuple(range(self.horizon))
+        # The k-th reward needs that none of k - 1 steps ended the episode. Explicit Euler steps move cart and pole by
+        # the speeds of before, so where they are after k - 1 steps follows from k - 2 actions.
+        return tuple(max(0, k - 2) for k in range(1, self.horizon + 1))
 
     def start(self, uniform: NDArray[np.float64]) -> States:
         return uniform * 0.1 - 0.05

@@ -36,11 +36,11 @@ def smoothed(environment: gymnasium.Env[Any, Any], sigma: float, *, frames: int 
     """`environment` as the smoothed agent sees it: observations [frames, ...] float64, each noised once, then stacked.
 
     The noise N(0, sigma^2 I) is in the units of the observations and never clipped. At a reset the stack holds copies
-    of the first noisy frame. Noise is drawn from a stream of its own, named (seed, "policy smoothing"). Put no wrapper
-    that changes observations by what it has seen (running normalisation) inside: it would break the certificate.
+    of the first noisy frame. Noise is drawn from a stream of its own, named (seed, "policy smoothing").
 
     Raises:
-        BadValue: a sigma or number of frames that makes no sense, or observations that are no numbers.
+        BadValue: a sigma or number of frames that makes no sense, observations that are no numbers, or a wrapper inside
+            that breaks the certificate: stacking before the noise, or normalisation by running statistics.
         TrivetError: gymnasium is not installed.
     """
     library = _gymnasium()
@@ -51,6 +51,19 @@ def smoothed(environment: gymnasium.Env[Any, Any], sigma: float, *, frames: int 
         isinstance(space, library.spaces.Box),
         f"observations must be arrays of numbers, a Box; {space} is none, and Gaussian noise does not hide a choice.",
     )
+
+    inner: Any = environment
+    while isinstance(inner, library.Wrapper):
+        name = type(inner).__name__
+        require(
+            not isinstance(inner, library.wrappers.FrameStackObservation),
+            f"{name} stacks frames before the noise, which would be drawn anew for each look; give frames= here.",
+        )
+        require(
+            not isinstance(inner, library.wrappers.NormalizeObservation),
+            f"{name} divides by statistics of what it has seen, attacked or not; divide by constants instead.",
+        )
+        inner = inner.env
 
     class Smoothed(library.Wrapper):  # type: ignore[misc,name-defined]
         """Noise first, then the stack."""
