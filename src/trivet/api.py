@@ -270,7 +270,7 @@ def train_model(
     path = Path(recipe) if from_folder and out is None else Path(out or Path("runs") / source.recipe.name)
     started = resume and (path / "recipe.yaml").exists()
     if started:
-        source = _resumed(path, source, changed=bool(overrides or data))
+        source = _resumed(path, source)
     settings = plan(source)
     if not settings.stages:
         raise TrivetError(f"{source.where} has no stages to train; it is for `trivet audit --recipe`.")
@@ -285,16 +285,16 @@ def train_model(
     return Run(folder, source)
 
 
-def _resumed(path: Path, asked: Source, *, changed: bool) -> Source:
-    """The recipe an interrupted run was started with; another one asked for now is refused.
+def _resumed(path: Path, asked: Source) -> Source:
+    """The recipe an interrupted run was started with; another one asked for now is refused, or it would pass for this.
 
     Its code may run if the recipe asked for may run the same code: who names it in his own file has read it.
     """
     started = load(path)
-    if asked.recipe.name != started.recipe.name or (changed and asked.recipe != started.recipe):
+    if asked.recipe != started.recipe:
         raise TrivetError(
-            f"{path} was started with other settings than asked for now; resume it without --set and --data, "
-            "or choose another --out."
+            f"{path} was started with other settings than asked for now; go on with those by "
+            f"`trivet train {path} --resume`, or choose another --out."
         )
     return replace(started, trusted=asked.trusted and asked.imports() == started.imports())
 
