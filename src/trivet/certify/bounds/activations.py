@@ -129,8 +129,9 @@ class Rectifier(Activation):
         offset = offset * (1 + 16 * torch.finfo(lower.dtype).eps)
         unstable = (lower < 0) & (upper > 0)
         offset = offset.where(unstable, torch.zeros_like(offset))
-        tangent = self.tangent(slope, share, chord).where(unstable, chord)
-        return Lines(tangent, None, chord, offset)
+        # Chords of stable neurons are constants, and so are named slopes: only `same` moves with the interval.
+        fixed = chord if slope == "same" else chord.detach()
+        return Lines(self.tangent(slope, share.detach(), fixed).where(unstable, fixed), None, chord, offset)
 
     def tangent(self, slope: str | Tensor, share: Tensor, chord: Tensor) -> Tensor:
         if isinstance(slope, Tensor):  # in [0, 1], of the way from the leak to 1

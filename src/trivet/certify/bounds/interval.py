@@ -168,7 +168,7 @@ class Box(Domain):
         return self.lower.dtype
 
     def to(self, dtype: torch.dtype) -> Box:
-        return Box(self.lower.to(dtype), self.upper.to(dtype))
+        return self if dtype == self.dtype else Box(self.lower.to(dtype), self.upper.to(dtype))
 
     def interval(self, rounding: Rounding | None) -> Interval:
         return Interval(self.lower, self.upper)
@@ -215,6 +215,8 @@ class Ball(Domain):
         return self.x.dtype
 
     def to(self, dtype: torch.dtype) -> Ball:
+        if dtype == self.dtype:
+            return self
         return Ball(self.x.to(dtype), self.eps.to(dtype), self.norm, self.clip)
 
     def interval(self, rounding: Rounding | None) -> Interval:

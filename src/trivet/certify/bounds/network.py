@@ -126,17 +126,19 @@ class Network:
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
             use = self._use(domain, arithmetic)
-            if specification.ndim == 1 and method == "ibp" and arithmetic is None and self.classes < len(domain):
-                eye = torch.eye(self.classes, device=specification.device)
-                found = self.margins(
-                    domain, (eye[:, None] - eye).flatten(0, 1)[None], method="ibp", intervals=intervals
-                )
-                return found.gather(1, self.classes * specification[:, None] + _others(specification, self.classes))
-            rows = self._rows(specification, use)
-            known = self._given(domain, method, slope, arithmetic, intervals, signs)
+            shared = specification.ndim == 1 and method == "ibp" and use.rounding is None and self.classes < len(domain)
+            if shared:
+                eye = torch.eye(self.classes, dtype=self.dtype, device=specification.device)
+                rows = (eye[:, None] - eye).flatten(0, 1)[None]
+            else:
+                rows = self._rows(specification, use)
+            known = self._given(use, method, slope, intervals, signs)
             last = len(self.steps)
             if method != "crown-ibp":
                 interval_bound = use.least(*use.pull(rows, last, known, slope, affine_only=True), known)
+                if shared:
+                    others = _others(specification, self.classes)
+                    return interval_bound.gather(1, self.classes * specification[:, None] + others)
                 if method == "ibp":
                     return interval_bound
             rows = rows.expand(len(domain), -1, -1)
@@ -144,7 +146,7 @@ class Network:
             if method == "crown-ibp":
                 return bound
             if method == "alpha-crown":
-                bound = torch.maximum(bound, use.least(*self._pull_best(domain, use, rows, last, known, signs), known))
+                bound = torch.maximum(bound, use.least(*self._pull_best(use, rows, last, known, signs), known))
             return torch.maximum(bound, interval_bound)
 
     def lines(
@@ -166,10 +168,10 @@ class Network:
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
             use = self._use(domain, arithmetic)
             rows = self._rows(specification, use).expand(len(domain), -1, -1)
-            known = self._given(domain, method, slope, arithmetic, intervals, signs)
+            known = self._given(use, method, slope, intervals, signs)
             last = len(self.steps)
             if method == "alpha-crown":
-                lines, constant = self._pull_best(domain, use, rows, last, known, signs)
+                lines, constant = self._pull_best(use, rows, last, known, signs)
             else:
                 lines, constant = use.pull(rows, last, known, slope)
             return lines[0], constant
@@ -195,28 +197,34 @@ class Network:
                 value says nothing.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
-            use = self._use(domain, arithmetic)
+            return self._intervals(self._use(domain, arithmetic), method, slope, known, signs)
 
-            def pull(rows: Tensor, node: int, found: Sequence[Interval]) -> Lines:
-                if method == "alpha-crown":
-                    return self._pull_best(domain, use, rows, node, found, signs)
-                return use.pull(rows, node, found, slope)
+    def _intervals(
+        self,
+        use: Propagation,
+        method: Method,
+        slope: Slope,
+        known: Sequence[Interval] | None,
+        signs: Mapping[int, Tensor] | None,
+    ) -> list[Interval]:
+        def pull(rows: Tensor, node: int, found: Sequence[Interval]) -> Lines:
+            if method == "alpha-crown":
+                return self._pull_best(use, rows, node, found, signs)
+            return use.pull(rows, node, found, slope)
 
-            return use.intervals(known, pull=None if method in ("ibp", "crown-ibp") else pull, signs=signs)
+        return use.intervals(known, pull=None if method in ("ibp", "crown-ibp") else pull, signs=signs)
 
     def _given(
         self,
-        domain: Domain,
+        use: Propagation,
         method: Method,
         slope: Slope,
-        arithmetic: Arithmetic | None,
         given: Sequence[Interval] | None,
         signs: Mapping[int, Tensor] | None,
     ) -> list[Interval]:
         if given is not None:
             return [interval.on(signs[i]) if signs and i in signs else interval for i, interval in enumerate(given)]
-        how: Method = "crown" if method == "alpha-crown" else method
-        return self.intervals(domain, arithmetic, method=how, slope=slope, signs=signs)
+        return self._intervals(use, "crown" if method == "alpha-crown" else method, slope, None, signs)
 
     def _rows(self, specification: Tensor, use: Propagation) -> Tensor:
         rows = margin_rows(specification, self.classes) if specification.ndim == 1 else specification
@@ -229,7 +237,6 @@ class Network:
 
     def _pull_best(
         self,
-        domain: Domain,
         use: Propagation,
         rows: Tensor,
         node: int,
@@ -238,7 +245,7 @@ class Network:
     ) -> Lines:
         """A linear bound with the best slopes found; sought without error terms, used with those of `use`."""
         rough = [Interval(each.lower.to(self.dtype), each.upper.to(self.dtype)) for each in known]
-        found = chosen(self._use(domain, None), rows.to(self.dtype), node, rough, signs or {})
+        found = chosen(self._use(use.domain, None), rows.to(self.dtype), node, rough, signs or {})
         slopes, multipliers = ({i: each.to(rows.dtype) for i, each in part.items()} for part in found)
         return use.pull(rows, node, known, slopes, multipliers=multipliers)
 
