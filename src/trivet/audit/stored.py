@@ -179,3 +179,5 @@ def _work(task: Task, number: int, threads: int, parent: int, progress: object, 
     except TrivetError as error:
         errors.put(str(error))
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # the terminal interrupts all; the one who waits says so
+        raise SystemExit(1) from None
