@@ -58,14 +58,14 @@ class Claim(BaseModel):
 
 
 class AccuracyClaim(Claim):
-    """Accuracy on unperturbed test inputs."""
+    """Accuracy on unperturbed test inputs; of a policy, its mean return over `points` episodes without attack."""
 
     kind: Literal["accuracy"] = "accuracy"
     points: int
 
 
 class AttackClaim(Claim):
-    """Accuracy left under a named attack: an upper bound on robust accuracy, never a proof."""
+    """Accuracy, or mean return, left under a named attack: an upper bound on what is robust, never a proof."""
 
     kind: Literal["attack"] = "attack"
     threat: dict[str, Any]
@@ -73,7 +73,7 @@ class AttackClaim(Claim):
 
 
 class CertificateClaim(Claim):
-    """Share of test points proved constant within a radius."""
+    """Share of test points proved constant within a radius; of a policy, a proved lower bound on its mean return."""
 
     kind: Literal["certificate"] = "certificate"
     norm: str
