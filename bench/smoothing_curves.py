@@ -118,7 +118,10 @@ def one(name: str, settings: dict[str, Any], options: argparse.Namespace) -> dic
     folder = options.runs / f"{name}-{options.sigma:g}"
     options.runs.mkdir(parents=True, exist_ok=True)
     written = folder.with_suffix(folder.suffix + ".yaml")
-    write_text(written, yaml.safe_dump(recipe(name, settings, options), sort_keys=False))
+    text = yaml.safe_dump(recipe(name, settings, options), sort_keys=False)
+    if written.exists() and written.read_text() != text:
+        raise SystemExit(f"{written} was started with other settings; take them, or other --runs.")
+    write_text(written, text)
     run = trivet.train_model(written, out=folder, resume=True)
     smoothing = Smoothing(options.sigma, n=options.n, precision=options.precision)
     found = trivet.certify_model(folder, certifier=smoothing, points=options.points, processes=options.processes)
