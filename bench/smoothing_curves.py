@@ -14,6 +14,7 @@ in 24 ms.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,9 @@ def one(name: str, settings: dict[str, Any], options: argparse.Namespace) -> dic
     if written.exists() and written.read_text() != text:
         raise SystemExit(f"{written} was started with other settings; take them, or other --runs.")
     write_text(written, text)
-    run = trivet.train_model(written, out=folder, resume=True)
+    fresh, began = not folder.exists(), time.perf_counter()
+    trivet.train_model(written, out=folder, resume=True)
+    trained = time.perf_counter() - began
     smoothing = Smoothing(options.sigma, n=options.n, precision=options.precision)
     found = trivet.certify_model(folder, certifier=smoothing, points=options.points, processes=options.processes)
     radii = [0.25 * step for step in range(RADII[options.sigma])]
@@ -131,7 +134,7 @@ def one(name: str, settings: dict[str, Any], options: argparse.Namespace) -> dic
     return {
         "objective": name,
         "settings": settings,
-        "training_seconds": sum(each.get("seconds", 0.0) for each in run.history),
+        "training_seconds": trained if fresh else None,  # unknown of what an earlier call did
         "average_radius": average_certified_radius(found.certificates, found.targets),
         "abstained": int(found.certificates.abstained.sum()),
         "points": len(found.certificates),
@@ -139,7 +142,7 @@ def one(name: str, settings: dict[str, Any], options: argparse.Namespace) -> dic
         "certified": [rate.value for rate in rates],
         "certified_from_to": [list(rate.interval) for rate in rates],
         "published_average_radius": paper.average_radius,
-        "published_certified": [share / 100 for share in paper.certified],
+        "published_certified": [round(share / 100, 4) for share in paper.certified],
     }
 
 
