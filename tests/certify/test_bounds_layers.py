@@ -338,6 +338,8 @@ def hooked() -> nn.Module:
         (lambda: Layers(lambda _, x: x / x.size(0)), "something else than its layers"),
         (lambda: Layers(lambda _, x: x.view(-1)), "reshapes the batch"),
         (lambda: Layers(lambda _, x: x[:2]), "does not keep the records"),
+        (lambda: Layers(lambda _, x: x[:, :3].transpose(0, 1)), "records of a batch that mix"),
+        (lambda: Layers(lambda _, x: torch.index_select(x, 0, torch.tensor([2, 0, 1]))), "fails on a batch of one"),
         (lambda: Layers(lambda _, x: torch.cat([x, x])), "joins along the batch"),
         (lambda: Layers(lambda _, x: F.dropout(x)), "drops values at random"),
         (lambda: Layers(lambda _, x: x + torch.arange(3.0)[:, None]), "different constants"),
@@ -351,6 +353,15 @@ def hooked() -> nn.Module:
 def test_models_without_bounds_are_refused_with_the_reason(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(BadValue, match=message):
         Network.of(make(), (6,))
+
+
+def test_numbers_beside_the_data_are_taken_in_the_type_of_the_weights() -> None:
+    model = Layers(lambda _, x: 0.1 + (x * 0.3 - 0.7) / 0.9).double()
+    x = images(2, 6, dtype=torch.float64)
+    rows = torch.eye(6, dtype=torch.float64)[None]
+    found = Network.of(model, (6,)).margins(ball(x, 0.0), rows, arithmetic="real")
+    torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
+    assert bool((found <= model(x)).all())
 
 
 def test_reading_a_model_leaves_no_mark_on_it() -> None:

@@ -57,7 +57,8 @@ def _multiply(build: Builder, a: Any, b: Any) -> Flow:
 
 def _divide(build: Builder, a: Any, b: Any) -> Flow:
     refuse_unless(not isinstance(b, Flow), "divides by a value that depends on the input")
-    return build.keeping_shape(lambda read: Scale(1 / build.beside(a, read, b), rounded=1), a)
+    # Some kernels divide, others multiply by the rounded inverse.
+    return build.keeping_shape(lambda read: Scale(1 / build.beside(a, read, b), rounded=3), a)
 
 
 def _matmul(build: Builder, a: Any, b: Any) -> Flow:

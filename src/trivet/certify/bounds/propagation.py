@@ -27,7 +27,7 @@ _ELEMENTS = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Propagation:
-    """Node 0 is the input; node i the output of layer i - 1, which reads the nodes `readers[i - 1]`."""
+    """Node 0 is the input; node i the output of layer i - 1, which reads the nodes `inputs[i - 1]`."""
 
     layers: Sequence[Layer]
     inputs: Sequence[tuple[int, ...]]

@@ -127,7 +127,7 @@ class Builder:
     def tensor(self, constant: Any) -> Tensor:
         value = self.value(constant)
         refuse_unless(isinstance(value, (Tensor, int, float)), f"computes with a {type(value).__name__}")
-        return torch.as_tensor(value)
+        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=self.values[0].dtype)
 
     def beside(self, x: Flow, read: Reader, constant: Any) -> Tensor:
         """A constant as it is combined with a record of `x`."""

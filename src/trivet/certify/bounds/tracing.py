@@ -83,8 +83,7 @@ def _read(model: nn.Module, graph: fx.Graph, build: Builder) -> int:
                 raise BadValue("the model cannot be bounded: it must return one tensor that depends on its input.")
             return args[0].node
         if node.op == "placeholder":
-            refuse = len(values) > 0 and not args
-            if refuse:
+            if values and not args:
                 raise BadValue("the model cannot be bounded: it takes more than one input.")
             values[node] = Constant(_returning(args[0])) if values else build.input
             continue
@@ -148,13 +147,25 @@ def _compare(model: nn.Module, build: Builder) -> None:
             values.append(step.make(Reader())(*(values[node] for node in step.inputs)))
         return values[-1]
 
-    for rows in (build.values[0], build.values[0][:1]):
-        expected, found = model(rows), through_steps(rows)
-        scale = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).max()) if expected.numel() else 0.0
-        if expected.shape != found.shape or not torch.allclose(
+    together = model(build.values[0])
+    try:
+        alone = model(build.values[0][:1])
+    except Exception as error:  # of the user's forward
+        raise BadValue(f"the model cannot be bounded: it fails on a batch of one record ({error}).") from None
+    scale = float(together.abs().nan_to_num(0.0, 0.0, 0.0).max()) if together.numel() else 0.0
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        return found.shape == expected.shape and torch.allclose(
             found, expected, rtol=1e-3, atol=1e-4 * scale + 1e-30, equal_nan=True
-        ):
-            raise BadValue(
-                "the model cannot be bounded: it computes something else than its layers in sequence (hooks, in-place "
-                "changes, records of a batch that mix?)."
-            )
+        )
+
+    pairs = (
+        (alone, together[:1]),
+        (through_steps(build.values[0]), together),
+        (through_steps(build.values[0][:1]), alone),
+    )
+    if not all(same(*pair) for pair in pairs):
+        raise BadValue(
+            "the model cannot be bounded: it computes something else than its layers in sequence (hooks, in-place "
+            "changes, records of a batch that mix?)."
+        )
