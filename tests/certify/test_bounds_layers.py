@@ -155,6 +155,20 @@ def test_no_input_found_in_the_ball_is_below_any_bound(name: str, norm: str) -> 
         torch.testing.assert_close(none, clean, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [*VECTORS, *IMAGES])
+def test_float32_values_of_every_layer_lie_within_the_bounds_of_a_point(name: str) -> None:
+    model = settled((VECTORS | IMAGES)[name]()).float()
+    x = images(100, *((6,) if name in VECTORS else (2, 8, 8)))
+    both = torch.cat([torch.eye(3), -torch.eye(3)])[None]
+    with torch.no_grad():
+        logits = model(x)
+    for method in ("ibp", "crown-ibp"):
+        found = Network.of(model, x.shape[1:]).margins(ball(x, 0.0), both, method=method, arithmetic="float32")  # type: ignore[arg-type]
+        assert bool((found[:, :3] <= logits).all())
+        assert bool((logits <= -found[:, 3:]).all())
+        assert float((-found[:, 3:] - found[:, :3]).max()) < 1e-2 * float(logits.abs().max())
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     st.sampled_from([1, 2]),

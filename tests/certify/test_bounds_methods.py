@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trivet.certify.bounds.activations import Lines, Rectifier
 from trivet.certify.bounds.affine import Linear
-from trivet.certify.bounds.interval import Box, Interval
+from trivet.certify.bounds.interval import Ball, Box, Interval
 from trivet.certify.bounds.network import Network, margin_rows
 from trivet.certify.bounds.steps import Reader
 from trivet.errors import BadValue
@@ -289,6 +289,39 @@ def test_any_box_will_do() -> None:
         Box(high, low)
     with pytest.raises(BadValue, match="finite ends"):
         Box(low, torch.full_like(high, torch.nan))
+
+
+def test_clipping_to_the_pixels_range_never_loosens_interval_bounds() -> None:
+    model, x = mlp(6, 8, 8, 3, seed=2), images(6, 6)
+    for norm in ("Linf", "L2", "L1"):
+        clipped, free = (margins_of(model, x, 0.3, "ibp", norm=norm, clip=clip) for clip in ((0.0, 1.0), None))
+        assert bool((clipped >= free - TINY).all())
+        assert norm == "L1" or bool((clipped > free + 1e-4).any())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ball_reaches_the_output(method: str) -> None:
+    """A perturbation that is not attached would leave every bound at the margin, whatever the radius."""
+    model, x = mlp(6, 8, 8, 3, seed=2), images(6, 6)
+    bounds = [margins_of(model, x, eps, method) for eps in (0.0, 0.02, 0.1)]
+    assert bool((bounds[0] > bounds[1]).all())
+    assert bool((bounds[1] > bounds[2]).all())
+
+
+def test_balls_that_are_none_are_refused() -> None:
+    x, eps = images(2, 3), torch.tensor([0.1, 0.1])
+    with pytest.raises(BadValue, match=r"inputs must lie in \[0, 1\]"):
+        Ball(x + 1, eps)
+    with pytest.raises(BadValue, match="inputs must lie in"):
+        Ball(x * torch.nan, eps, clip=None)
+    for value in (-0.1, torch.nan, torch.inf):
+        with pytest.raises(BadValue, match="eps must be finite and not negative"):
+            Ball(x, torch.tensor([0.1, value]))
+    with pytest.raises(BadValue, match=r"eps must be \[2\]"):
+        Ball(x, eps[:1])
+    with pytest.raises(BadValue, match="norm='L3' must be"):
+        Ball(x, eps, "L3")  # type: ignore[arg-type]
+    assert len(Ball(x - 5, eps, clip=(-6.0, -3.0))) == 2
 
 
 def test_labels_stand_for_their_rows_for_few_records_and_for_many() -> None:

@@ -19,7 +19,8 @@ class AlphaCrown(Crown):
 
     Step size 0.1, falling by 2 % a step; slopes are clamped to [0, 1], and the best of all steps is kept for each
     margin, so that the bound is never below CROWN's. Any slope in [0, 1] gives a true bound: the search runs without
-    error terms, and its result is computed anew with them.
+    error terms, and its result is computed anew with them. Needs memory for a handful of numbers for each margin and
+    rectifier.
 
     Attributes:
         inner: also choose slopes for the bounds of every unstable neuron inside the network, each for itself: tighter,

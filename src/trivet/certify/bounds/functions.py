@@ -123,13 +123,15 @@ def _averaged(function: Callable[..., Tensor]) -> Callable[..., Flow]:
 
 def _adaptively_averaged(function: Callable[..., Tensor]) -> Callable[..., Flow]:
     def lower(build: Builder, x: Flow, output_size: Any) -> Flow:
-        return build.average(lambda value: function(value, output_size), x, math.prod(build.shape(x)))
+        return build.average(lambda value: function(value, output_size), x, math.prod(build.shape(x)[1:]))
 
     return lower
 
 
 def _mean(build: Builder, x: Flow, dim: Any, keepdim: bool = False) -> Flow:
-    return build.average(lambda value: value.mean(dim, keepdim), x, math.prod(build.shape(x)))
+    axes = dim if isinstance(dim, (tuple, list)) else (dim,)
+    terms = math.prod((PROBES, *build.shape(x))[axis] for axis in axes)
+    return build.average(lambda value: value.mean(dim, keepdim), x, terms)
 
 
 def pad(build: Builder, x: Flow, amounts: Sequence[int], mode: str = "constant", value: float | None = None) -> Flow:

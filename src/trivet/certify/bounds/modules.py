@@ -93,7 +93,7 @@ def _pool(build: Builder, module: nn.Module, x: Flow) -> Flow:
 
 
 def _adaptive_pool(build: Builder, module: nn.Module, x: Flow) -> Flow:
-    return build.average(module, x, math.prod(build.shape(x)))
+    return build.average(module, x, math.prod(build.shape(x)[1:]))
 
 
 def _leaky(build: Builder, module: nn.LeakyReLU, x: Flow) -> Flow:
