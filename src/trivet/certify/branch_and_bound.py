@@ -58,7 +58,7 @@ class SharedBounds:
         domain = Box(lower[box].view(-1, *shape), upper[box].view(-1, *shape))
         slope, constant = self.network.lines(domain, rows[:, None, :-1], arithmetic=self.arithmetic)
         slope, constant = slope.flatten(1), shifted(constant.squeeze(1), rows[:, -1])
-        return Linear(box, slope, constant, least_value(slope, constant, lower[box], upper[box]), ())
+        return Linear(box, slope, constant, least_value(slope, constant, lower[box], upper[box]), (), ())
 
     def importance(self, width: Tensor, known: Tensor, found: Linear) -> Tensor:
         return width * torch.zeros_like(width).index_add_(0, found.box, found.slope.abs())

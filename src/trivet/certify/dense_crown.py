@@ -1,15 +1,15 @@
 """Linear bounds of small rectifier networks over thousands of boxes at once, for branch and bound on the inputs.
 
-CROWN (Zhang et al., NeurIPS 2018) as in `trivet.certify.bounds`, for chains of dense layers, arranged for speed: a
-backward pass carries one row for each neuron that is unstable in its box, and none for the others; boxes inherit the
-intervals of the box they were cut from; inside the network both ends of an interval come from one pass, because the
-two lines of a rectifier are chosen parallel (Fast-Lin, Weng et al., ICML 2018; as zonotopes: DeepZ, Singh et al.,
-NeurIPS 2018), and only the last pass, of the specification, takes the adaptive slopes.
+CROWN (Zhang et al., NeurIPS 2018) as in `trivet.certify.bounds`, for chains of dense layers, arranged for speed. The
+intervals of all neurons come from one pass forward, in which every layer is a zonotope (DeepZ, Singh et al., NeurIPS
+2018: both lines of a rectifier parallel) with one generator for each input and each unstable neuron, so that small
+boxes cost little. They are intersected with those of the box that a box was cut from, and with plain intervals. Only
+the specification is taken backward, with the adaptive slopes, and may stop at any layer.
 
-All in float64 with error terms: `e_k` bounds, for every neuron of layer k, what rounding does there, in the network's
-evaluation if `arithmetic` is "float32", and in ours. Whatever a pass adds up, its errors are sums of |coefficient|
-times such a term, since every number in it is a coefficient times a value no larger than the neuron's (Higham 2002,
-section 3.1).
+All in float64 with error terms: `_error` bounds, for every neuron of a layer, what rounding does there, in the
+network's evaluation if `arithmetic` is "float32", and in ours. Whatever a pass adds up, its errors are sums of
+|coefficient| times such a term, since every number in it is a coefficient times a value no larger than the neuron's
+(Higham 2002, section 3.1); `_unit` allows many times the operations there are.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Linear:
         constant: [M], with all errors taken off.
         least: [M], the least value in the box; minus infinity where it is no number.
         trail: coefficients [M, out] of every rectified layer's outputs on the way, from the last to the first.
+        reach: how far each input moves the rectified layers' neurons, [B, n, out], from the first to the last.
     """
 
     box: Tensor
@@ -66,16 +67,22 @@ class Linear:
     constant: Tensor
     least: Tensor
     trail: Sequence[Tensor]
+    reach: Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class _Lines:
-    """d z <= h <= d z + offset, and a z <= h for the adaptive slope; `loss` is offset / 2 with the layer's errors."""
+    """d z <= h <= d z + offset, and a z <= h for the adaptive slope; `loss` is offset / 2 with the layer's errors.
+
+    `middle` and `radius` are the interval of h, that of both ends apart, again with the layer's errors.
+    """
 
     chord: Tensor
     adaptive: Tensor
     half_offset: Tensor
     loss: Tensor
+    middle: Tensor
+    radius: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +116,9 @@ class DenseNetwork:
             if not isinstance(layer, Affine) or before.numel() * after.numel() > MAX_WEIGHTS:
                 return None
             columns = layer.linear(torch.eye(before.numel(), dtype=torch.float64).view(-1, *before)).flatten(1)
-            weight = columns.T if moved is None else columns.T @ moved
+            weight = columns.detach().T if moved is None else columns.detach().T @ moved
             shift = layer.constant()
-            bias = columns.new_zeros(after.numel()) if shift is None else shift.expand(after).flatten()
+            bias = columns.new_zeros(after.numel()) if shift is None else shift.detach().expand(after).flatten()
             if not layer.operations and shift is None:
                 moved = weight
                 continue
@@ -151,7 +158,8 @@ class DenseNetwork:
         """Of all pre-activations but the last layer's, by intervals alone, [B, 2, sum of widths]: where to begin."""
         found = []
         for k, layer in enumerate(self.layers[:-1]):
-            below, above = self._affine(k, lower, upper)
+            error = self._error(k, torch.maximum(lower.abs(), upper.abs()))
+            below, above = self._affine(k, lower, upper, error)
             found.append(torch.stack([below, above], 1))
             lower, upper = (below.relu(), above.relu()) if layer.rectified else (below, above)
         return torch.cat(found, 2) if found else lower.new_zeros(len(lower), 2, 0)
@@ -167,38 +175,18 @@ class DenseNetwork:
             rows: [M, m + 1].
         """
         where = _Where.of(lower, upper, self._unit)
-        parts = known.split(self.widths, 2)
-        lines: list[_Lines] = []
-        sizes = where.size
-        errors = [self._error(0, sizes)]
-        for k, layer in enumerate(self.layers[:-1]):
-            below, above = parts[k].unbind(1)
-            if k == 0:
-                low, high = self._affine(0, lower, upper)
-                torch.maximum(below, low, out=below)
-                torch.minimum(above, high, out=above)
-            elif layer.rectified:
-                inside, neuron = ((below < 0) & (above > 0)).nonzero(as_tuple=True)
-                if len(inside):
-                    low, high = self._both(k, where, inside, neuron, lines, errors)
-                    below[inside, neuron] = torch.maximum(below[inside, neuron], low)
-                    above[inside, neuron] = torch.minimum(above[inside, neuron], high)
-            size = torch.maximum(below.abs(), above.abs())
-            errors[k] = errors[k] + self._unit * size
-            lines.append(_lines(below, above, errors[k], layer.rectified))
-            sizes = above.relu() if layer.rectified else size
-            errors.append(self._error(k + 1, sizes))
+        lines, sizes, last_error, reach = self._forward(where, lower, upper, known)
         last = self.layers[-1]
         coefficients, constants = rows[:, :-1], rows[:, -1]
-        slope, constant, _, trail = self._pull(
-            coefficients @ last.weight, len(self.layers) - 2, box, lines, adaptive=True
-        )
+        slope, constant, least, trail = self._backward(coefficients @ last.weight, box, lines)
         # The last layer's own errors, and those of taking the rows to it and of writing down their constants.
-        reach = sizes @ last.weight.abs().T + last.bias.abs()
-        error = (coefficients.abs() * (errors[-1] + self._unit * reach)[box]).sum(1) + self._unit * constants.abs()
-        constant = constant + coefficients @ last.bias + constants - error
-        least = constant + where.least(slope, box)
-        return Linear(box, slope, constant, least.nan_to_num(-torch.inf, -torch.inf, -torch.inf), trail)
+        largest = sizes @ last.weight.abs().T + last.bias.abs()
+        error = (coefficients.abs() * (last_error + self._unit * largest)[box]).sum(1) + self._unit * constants.abs()
+        shift = coefficients @ last.bias + constants - error
+        constant = constant + shift
+        least = torch.maximum(least + shift, constant + where.least(slope, box))
+        least = least.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        return Linear(box, slope, constant, least, trail, reach)
 
     def importance(self, width: Tensor, known: Tensor, found: Linear) -> Tensor:
         """[B, n]: how much cutting each input in two should tighten the bounds `found` over boxes of that `width`.
@@ -207,19 +195,15 @@ class DenseNetwork:
         proportional to the neuron's interval, to which each input contributes |slope of the neuron| times its width.
         """
         score = torch.zeros_like(width)
-        slope: Tensor | None = None
-        trail = list(reversed(found.trail))
-        for layer, part in zip(self.layers[:-1], known.split(self.widths, 2), strict=True):
-            slope = layer.weight.expand(len(width), -1, -1) if slope is None else layer.weight @ slope
-            if not layer.rectified:
-                continue
+        parts = [
+            part for part, layer in zip(known.split(self.widths, 2), self.layers[:-1], strict=True) if layer.rectified
+        ]
+        for part, rows, reach in zip(parts, reversed(found.trail), found.reach, strict=True):
             below, above = part.unbind(1)
-            weight = torch.zeros_like(below).index_add_(0, found.box, trail.pop(0).abs())
+            weight = torch.zeros_like(below).index_add_(0, found.box, rows.abs())
             weight = weight * ((below < 0) & (above > 0))
-            score += (weight[:, None] @ slope.abs()).squeeze(1)
-            chord = above.relu() / (above.relu() - below.clamp(max=0.0)).clamp(min=_TINY)
-            slope = chord[:, :, None] * slope
-        return score * width
+            score += (reach @ weight[:, :, None]).squeeze(2)
+        return score
 
     @property
     def _unit(self) -> float:
@@ -238,57 +222,76 @@ class DenseNetwork:
             error = error.where(reach < LARGEST, torch.inf)
         return error
 
-    def _affine(self, k: int, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    def _affine(self, k: int, lower: Tensor, upper: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Layer k of intervals."""
         layer = self.layers[k]
         middle = (lower + upper) / 2 @ layer.weight.T + layer.bias
-        radius = (upper - lower) / 2 @ layer.weight.abs().T
-        radius = radius + self._error(k, torch.maximum(lower.abs(), upper.abs()))
+        radius = (upper - lower) / 2 @ layer.weight.abs().T + error
         return middle - radius, middle + radius
 
-    def _both(
-        self,
-        k: int,
-        where: _Where,
-        box: Tensor,
-        neuron: Tensor,
-        lines: Sequence[_Lines],
-        errors: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Both ends of some pre-activations of layer k."""
-        layer = self.layers[k]
-        slope, constant, spread, _ = self._pull(layer.weight[neuron], k - 1, box, lines, adaptive=False)
-        constant = constant + layer.bias[neuron]
-        spread = spread + errors[k][box, neuron]
-        centre = (slope * where.middle[box]).sum(1) + constant
-        spread = spread + (slope.abs() * where.radius[box]).sum(1)
-        return centre - spread, centre + spread
+    def _forward(
+        self, where: _Where, lower: Tensor, upper: Tensor, known: Tensor
+    ) -> tuple[list[_Lines], Tensor, Tensor, list[Tensor]]:
+        """Tightens `known` layer by layer, by intervals and by zonotopes.
 
-    def _pull(
-        self, rows: Tensor, k: int, box: Tensor, lines: Sequence[_Lines], *, adaptive: bool
+        A zonotope is a centre [B, out], generators [B, g, out] with coefficients in [-1, 1], one for each input and for
+        each unstable neuron before, and a rest [B, out], in which errors are collected. `whole` is at least the sum of
+        the sizes of all of these, to which rounding is relative.
+
+        Returns:
+            the relaxation of each layer but the last; the sizes of the last layer's inputs, and its errors; and the
+            generators of the inputs, [B, n, out], at every rectified layer.
+        """
+        centre, generators, rest = where.middle, torch.diag_embed(where.radius), torch.zeros_like(where.middle)
+        whole, sizes = where.size + where.radius, where.size
+        lines, reach = [], []
+        for k, (layer, part) in enumerate(zip(self.layers[:-1], known.split(self.widths, 2), strict=True)):
+            error = self._error(k, sizes)
+            rest = (rest + self._unit * whole) @ layer.weight.abs().T + error
+            centre, generators = centre @ layer.weight.T + layer.bias, generators @ layer.weight.T
+            spread = generators.abs().sum(1) + rest
+            whole = centre.abs() + spread
+            spread = spread + self._unit * whole
+            low, high = self._affine(k, lower, upper, error)
+            below, above = part.unbind(1)
+            below.copy_(torch.maximum(below, torch.maximum(low, centre - spread)))
+            above.copy_(torch.minimum(above, torch.minimum(high, centre + spread)))
+            sizes = torch.maximum(below.abs(), above.abs())
+            line = _lines(below, above, error + self._unit * sizes, layer.rectified)
+            lines.append(line)
+            lower, upper = below, above
+            if layer.rectified:
+                lower, upper, sizes = below.relu(), above.relu(), above.relu()
+                reach.append(generators[:, : len(where.middle[0])].abs())
+                centre, rest = line.chord * centre + line.half_offset, line.chord * rest
+                whole = line.chord * whole + 2 * line.half_offset
+                generators = torch.cat([generators * line.chord[:, None], _generators(line.half_offset)], 1)
+        return lines, sizes, self._error(len(self.layers) - 1, sizes), reach
+
+    def _backward(
+        self, rows: Tensor, box: Tensor, lines: Sequence[_Lines]
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """<rows, h_k> as (slope, constant, spread) in the inputs: up to the spread if not `adaptive`.
+        """Lower bounds of <rows, h> for the inputs h of the last layer: linear in the inputs, and the best number.
 
-        If `adaptive`, the spread is taken off the constant, which makes a lower bound.
+        Every layer on the way is a place to stop, and to take the least value over its intervals: where relaxations
+        of earlier layers cost much, that is better than going on.
         """
         constant = rows.new_zeros(len(rows))
-        spread = rows.new_zeros(len(rows))
+        least = rows.new_full((len(rows),), -torch.inf)
         trail = []
-        for at in range(k, -1, -1):
-            line, layer = lines[at], self.layers[at]
+        for line, layer in zip(reversed(lines), reversed(self.layers[:-1]), strict=True):
             sizes = rows.abs()
-            spread += (sizes * line.loss[box]).sum(1)
+            here = constant + (rows * line.middle[box]).sum(1) - (sizes * line.radius[box]).sum(1)
+            least = torch.maximum(least, here)
+            constant = constant - (sizes * line.loss[box]).sum(1)
             if layer.rectified:
                 trail.append(rows)
                 constant += (rows * line.half_offset[box]).sum(1)
-                if adaptive:
-                    mean, gap = (line.adaptive + line.chord) / 2, (line.adaptive - line.chord) / 2
-                    rows = torch.addcmul(rows * mean[box], sizes, gap[box])
-                else:
-                    rows = rows * line.chord[box]
+                mean, gap = (line.adaptive + line.chord) / 2, (line.adaptive - line.chord) / 2
+                rows = torch.addcmul(rows * mean[box], sizes, gap[box])
             constant += rows @ layer.bias
             rows = rows @ layer.weight
-        return rows, constant - spread if adaptive else constant, spread, trail
+        return rows, constant, least, trail
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,10 +312,10 @@ class _Where:
 
 
 def _lines(lower: Tensor, upper: Tensor, error: Tensor, rectified: bool) -> _Lines:
-    """The relaxation of max(z, 0) over [lower, upper]; of z itself if not `rectified`, with errors alone."""
+    """The relaxation of h = max(z, 0) over [lower, upper], or of h = z if not `rectified`."""
     if not rectified:
         none = torch.zeros_like(lower)
-        return _Lines(none, none, none, error)
+        return _Lines(none, none, none, error, (lower + upper) / 2, (upper - lower) / 2 + error)
     below, above = lower.clamp(max=0.0), upper.clamp(min=0.0)
     chord = above / (above - below).clamp(min=_TINY)
     chord = chord.where(lower < 0, 1.0).where(upper > 0, 0.0)
@@ -321,7 +324,18 @@ def _lines(lower: Tensor, upper: Tensor, error: Tensor, rectified: bool) -> _Lin
     offset = torch.maximum(-chord * below, (1 - chord) * above) * (1 + 1e-14)
     offset = offset.where(unstable, 0.0)
     adaptive = (chord > 0.5).to(chord.dtype).where(unstable, chord)
-    return _Lines(chord, adaptive, offset / 2, offset / 2 + error)
+    low, high = lower.relu(), above
+    return _Lines(chord, adaptive, offset / 2, offset / 2 + error, (low + high) / 2, (high - low) / 2 + error)
+
+
+def _generators(sizes: Tensor) -> Tensor:
+    """[B, most, out]: one generator for each number of `sizes` [B, out] that is not 0, filled up with zeros."""
+    box, neuron = (sizes != 0).nonzero(as_tuple=True)
+    place = (sizes != 0).cumsum(1)[box, neuron] - 1
+    most = int(place.max()) + 1 if len(place) else 0
+    new = sizes.new_zeros(len(sizes), most, sizes.shape[1])
+    new[box, place, neuron] = sizes[box, neuron]
+    return new
 
 
 def _integers(values: Tensor) -> tuple[np.ndarray, int]:
