@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "twice_noised_cnn": {},
     "single_prop_cnn": {"size": "medium"},
     "cnn7": {"width": 4, "hidden": 16},
+    "patch_network": {},
 }
 
 

@@ -101,8 +101,27 @@ def training(subjects: Sequence[Subject]) -> Html:
             series = [Series(subject.name, number, points, marks=False)]
             chart = charts.line_chart(series, axis, x_title="epoch", y_title="loss", top=ceiling, percent=False)
             figures.append(tag("figure", tag("h3", key(number, subject.name), f", stage {stage}"), chart))
+            figures += _features(key(number, subject.name), lines)
     lead = "What training minimised, batch by batch, averaged over runs of steps."
     return section("training", "Training", tag("div", figures, class_="grid three"), lead=lead) if figures else _NOTHING
+
+
+def _features(name: Html, lines: Sequence[Mapping[str, Any]]) -> list[Html]:
+    """How far the filters of a patch network have learnt both kinds of features, where the log tells."""
+    kinds = {"robust_features": "robust", "non_robust_features": "non-robust"}
+    lines = [line for line in lines if kinds.keys() <= line.keys()]
+    if len(lines) < 2:
+        return []
+    series = [
+        Series(said, hue, charts.thinned([(float(line["epoch"]), float(line[kind])) for line in lines]), marks=False)
+        for hue, (kind, said) in enumerate(kinds.items())
+    ]
+    last, top = (max(point[place] for each in series for point in each.points) or 1.0 for place in (0, 1))
+    axis = charts.Axis(last, None, [(x, f"{x:.4g}") for x in charts.nice_ticks(last)])
+    chart = charts.line_chart(series, axis, x_title="epoch", y_title="alignment", top=top, percent=False)
+    legend = tag("p", [key(each.hue, each.name) for each in series], class_="legend")
+    said = "The best filter's alignment with the feature of its class, averaged over the classes."
+    return [tag("figure", tag("h3", name, ", features learnt"), legend, chart, tag("figcaption", said))]
 
 
 def settings(subjects: Sequence[Subject]) -> Html:
