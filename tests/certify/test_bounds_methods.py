@@ -23,12 +23,12 @@ from bound_oracles import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from trivet.certify.bounds.activations import Lines, Rectifier
 from trivet.certify.bounds.affine import Linear
-from trivet.certify.bounds.interval import Ball, Box, Interval
+from trivet.certify.bounds.interval import Ball, Box
 from trivet.certify.bounds.network import Network, margin_rows
-from trivet.certify.bounds.steps import Reader
 from trivet.errors import BadValue
 from trivet.randomness import generator
 
@@ -285,10 +285,15 @@ def test_any_box_will_do() -> None:
         for _ in range(100):
             inputs = low + (high - low) * torch.rand(low.shape, generator=draw, dtype=torch.float64).round(decimals=0)
             assert bool((bound <= (rows @ model(inputs)[:, :, None]).squeeze(2) + TINY).all())
-    with pytest.raises(BadValue, match="must not lie above"):
-        Box(high, low)
-    with pytest.raises(BadValue, match="finite ends"):
-        Box(low, torch.full_like(high, torch.nan))
+    network = Network.of(model.float(), (5,))
+    for wrong, message in (
+        (Box(high, low), "must not lie above"),
+        (Box(low, torch.full_like(high, torch.nan)), "finite ends"),
+        (Box(low, torch.full_like(high, torch.inf)), "finite ends"),
+    ):
+        for arithmetic in ("float32", "real"):
+            with pytest.raises(BadValue, match=message):
+                network.margins(wrong, rows, arithmetic=arithmetic)  # type: ignore[arg-type]
 
 
 def test_clipping_to_the_pixels_range_never_loosens_interval_bounds() -> None:
@@ -310,18 +315,21 @@ def test_the_ball_reaches_the_output(method: str) -> None:
 
 def test_balls_that_are_none_are_refused() -> None:
     x, eps = images(2, 3), torch.tensor([0.1, 0.1])
-    with pytest.raises(BadValue, match=r"inputs must lie in \[0, 1\]"):
-        Ball(x + 1, eps)
-    with pytest.raises(BadValue, match="inputs must lie in"):
-        Ball(x * torch.nan, eps, clip=None)
+    network = Network.of(mlp(3, 4, 2), (3,))
+    wrong = [(Ball(x + 1, eps), r"inputs must lie in \[0, 1\]"), (Ball(x * torch.nan, eps, clip=None), "must lie in")]
     for value in (-0.1, torch.nan, torch.inf):
-        with pytest.raises(BadValue, match="eps must be finite and not negative"):
-            Ball(x, torch.tensor([0.1, value]))
+        wrong.append((Ball(x, torch.tensor([0.1, value])), "eps must be finite and not negative"))
+    for domain, message in wrong:
+        for ask in (network.margins, network.lines):
+            with pytest.raises(BadValue, match=message):
+                ask(domain, torch.tensor([0, 1]), arithmetic="real")  # type: ignore[operator]
+        with pytest.raises(BadValue, match=message):
+            network.intervals(domain, "real")
     with pytest.raises(BadValue, match=r"eps must be \[2\]"):
         Ball(x, eps[:1])
     with pytest.raises(BadValue, match="norm='L3' must be"):
         Ball(x, eps, "L3")  # type: ignore[arg-type]
-    assert len(Ball(x - 5, eps, clip=(-6.0, -3.0))) == 2
+    assert network.margins(Ball(x - 5, eps, clip=(-6.0, -3.0)), torch.tensor([0, 1]), arithmetic="real").shape == (2, 1)
 
 
 def test_labels_stand_for_their_rows_for_few_records_and_for_many() -> None:
@@ -361,20 +369,23 @@ def test_training_gradients_are_those_of_differences() -> None:
             assert float(gradient[place]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-6)
 
 
-def test_interval_bounds_of_single_records_by_vmap() -> None:
-    model, x, labels = mlp(6, 7, 3, seed=9), images(4, 6), torch.eye(3)[torch.arange(4) % 3]
-    network = Network.of(model, (6,))
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+def test_gradients_of_single_records_by_vmap(method: str) -> None:
+    """As private training asks for them."""
+    model, x, labels = mlp(6, 7, 5, 3, seed=9), images(4, 6), torch.arange(4) % 3
+    network, weight = Network.of(model, (6,)), model[2].weight.detach()
 
-    def bound(radius: Tensor, record: Tensor, label: Tensor) -> Tensor:
-        value = Interval.around(record[None], 0 * record[None] + radius)
-        for step in network.steps:
-            value = step.make(Reader()).bounds([value], None)
-        return (value.lower[0] * label).sum()
+    def loss(weight: Tensor, record: Tensor, label: Tensor) -> Tensor:
+        with _reparametrize_module(model, {"2.weight": weight}):
+            box = Box((record - 0.1)[None], (record + 0.1)[None])
+            return network.margins(box, label[None], method=method).square().sum()  # type: ignore[arg-type]
 
-    each = torch.func.vmap(torch.func.grad(bound), in_dims=(None, 0, 0))(torch.tensor(0.1), x, labels)
-    alone = torch.stack([torch.func.grad(bound)(torch.tensor(0.1), x[i], labels[i]) for i in range(4)])
-    torch.testing.assert_close(each, alone)
-    assert bool((each < 0).all())
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, labels)
+    for i in range(4):
+        margins = network.margins(Box(x[i : i + 1] - 0.1, x[i : i + 1] + 0.1), labels[i : i + 1], method=method)  # type: ignore[arg-type]
+        (alone,) = torch.autograd.grad(margins.square().sum(), model[2].weight)
+        torch.testing.assert_close(each[i], alone)
+        assert float(alone.abs().sum()) > 0
 
 
 def test_weights_are_read_at_every_use() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trivet.certify.bounds.interval import Interval
 from trivet.certify.bounds.layer import Layer, Pulled, inner
@@ -64,7 +63,7 @@ class Activation(Layer):
         before = inputs[0]
         lines = self.lines(before.lower.unsqueeze(1), before.upper.unsqueeze(1), slope)
         if lines.lower_offset is None:
-            new, constant = _Crossing.apply(rows, lines.lower_slope, lines.upper_slope, lines.upper_offset)
+            new, constant, _ = _Crossing.apply(rows, lines.lower_slope, lines.upper_slope, lines.upper_offset)
         else:
             # Positive entries meet the lower line, negative ones the upper one.
             below = rows.clamp(max=0.0)
@@ -94,16 +93,23 @@ class _Crossing(torch.autograd.Function):
     What autograd would do by itself, in fewer passes over the largest tensors of a backward bound.
     """
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, low: Tensor, high: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        below = rows.clamp(max=0.0)
-        ctx.save_for_backward(rows, below, low, high, offset)
-        return torch.addcmul(rows * low, below, high - low), _inner(below, offset)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_rows: Tensor, by_constant: Tensor) -> tuple[Tensor | None, ...]:
-        rows, below, low, high, offset = ctx.saved_tensors
+    def forward(rows: Tensor, low: Tensor, high: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        below = rows.clamp(max=0.0)
+        return torch.addcmul(rows * low, below, high - low), _inner(below, offset), below
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        below = output[2]
+        ctx.mark_non_differentiable(below)
+        ctx.save_for_backward(*inputs, below)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, high, offset, below = ctx.saved_tensors
+        by_rows, by_constant, _ = gradients
         by_constant = by_constant.view(*by_constant.shape, *[1] * (rows.ndim - 2))
         by_low = by_high = by_offset = None
         if ctx.needs_input_grad[1]:
@@ -115,7 +121,7 @@ class _Crossing(torch.autograd.Function):
         # Of negative entries high g + offset c, of positive ones low g: the former where it is not taken back.
         taken = torch.addcmul(by_rows * (low - high), offset, by_constant, value=-1.0)
         taken = torch.ops.aten.threshold_backward(taken, rows, 0)
-        return taken.addcmul_(by_rows, high).addcmul_(offset, by_constant), by_low, by_high, by_offset
+        return taken.addcmul(by_rows, high).addcmul(offset, by_constant), by_low, by_high, by_offset
 
 
 def _inner(rows: Tensor, values: Tensor) -> Tensor:

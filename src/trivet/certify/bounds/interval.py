@@ -134,6 +134,14 @@ class Domain(ABC):
         """The same set, described in another type."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Asked before anything is proved. In training it is not: it waits for the device, and vmap does not allow it.
+
+        Raises:
+            BadValue: numbers that describe no set, or another than can be meant.
+        """
+
+    @abstractmethod
     def interval(self, rounding: Rounding | None) -> Interval:
         """A box around the set."""
 
@@ -144,11 +152,7 @@ class Domain(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Box(Domain):
-    """{ x' : lower <= x' <= upper } for each of B inputs; both are [B, ...], and any finite box will do.
-
-    Raises:
-        BadValue: ends that are no finite numbers, or in the wrong order.
-    """
+    """{ x' : lower <= x' <= upper } for each of B inputs; both are [B, ...], and any finite box will do."""
 
     lower: Tensor
     upper: Tensor
@@ -156,6 +160,9 @@ class Box(Domain):
     def __post_init__(self) -> None:
         shapes = tuple(self.lower.shape), tuple(self.upper.shape)
         require(shapes[0] == shapes[1], f"lower has shape {shapes[0]} and upper {shapes[1]}; give one of each.")
+
+    def check(self) -> None:
+        """The ends must be finite, and in order."""
         # Written so that NaN is refused, too.
         if not bool(((self.lower > -math.inf) & (self.lower <= self.upper) & (self.upper < math.inf)).all()):
             raise BadValue("a box must have finite ends, and its lower must not lie above its upper.")
@@ -183,9 +190,6 @@ class Ball(Domain):
         eps: [B], of the same type.
         norm: "Linf", "L2" or "L1".
         clip: (low, high), where inputs lie in any case; None for nothing known.
-
-    Raises:
-        BadValue: inputs outside `clip` or not finite, or radii that are negative or no numbers.
     """
 
     x: Tensor
@@ -196,6 +200,9 @@ class Ball(Domain):
     def __post_init__(self) -> None:
         require(self.norm in ("Linf", "L2", "L1"), f"norm={self.norm!r} must be 'Linf', 'L2' or 'L1'.")
         require(self.eps.shape == self.x.shape[:1], f"eps must be [{len(self.x)}], got {tuple(self.eps.shape)}.")
+
+    def check(self) -> None:
+        """Inputs must lie in `clip`, and be finite without it; radii must not be negative."""
         low, high = self.clip or (-torch.finfo(self.x.dtype).max, torch.finfo(self.x.dtype).max)
         # Written so that NaN, which is the least and the largest value of any it is among, is refused, too.
         least, most = self.x.aminmax() if self.x.numel() else (low, high)

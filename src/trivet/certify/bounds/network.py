@@ -123,6 +123,11 @@ class Network:
             intervals: of every node, as `intervals` returns them, perhaps tightened; they are used as they are.
             signs: of pre-activations (nodes), [B, ...] of -1, 0 and 1: on which side of 0 each value is assumed to lie
                 (0: on either). `alpha-crown` uses the assumption beyond what it says about `intervals`.
+
+        Without `arithmetic`, `ibp` and `crown-ibp` work under torch.func.vmap, and domains are not checked.
+
+        Raises:
+            BadValue: a specification or slope of another form, or with `arithmetic` a domain that is none.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and arithmetic is None):
             use = self._use(domain, arithmetic)
@@ -260,4 +265,5 @@ class Network:
         inputs = [step.inputs for step in self.steps]
         if arithmetic is None:
             return Propagation(merged(layers, inputs), inputs, domain.to(self.dtype), None)
+        domain.check()
         return Propagation(layers, inputs, domain.to(torch.float64), Rounding.of(arithmetic, torch.float64))
