@@ -179,7 +179,22 @@ def audit(
 
 @app.command()
 def certify(
-    target: TargetArgument,
+    target: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="As for audit.")] = None,
+    onnx: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="With --vnnlib, instead of RUN: decide a property of this network."),
+    ] = None,
+    vnnlib: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The property, in VNN-LIB. Status 0: it holds; 1: it does not; 3: unknown."),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="With --vnnlib: seconds, 120 unless given.")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="real|float32", help="With --vnnlib: of which evaluation a proof speaks; real unless given."
+        ),
+    ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Noise of randomized smoothing, in pixel units; the recipe's otherwise.")
     ] = None,
@@ -207,7 +222,21 @@ def certify(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Prove the model's answers constant around test points, one certificate each; interrupted calls go on."""
+    """Prove the model's answers constant around test points, one certificate each; or decide one VNN-LIB property."""
+    asked_about = {"timeout": timeout, "arithmetic": arithmetic}
+    if onnx is not None or vnnlib is not None:
+        others: dict[str, Any] = {"RUN|MODEL": target, "--sigma": sigma, "--n": n, "--alpha": alpha, "--radii": radii}
+        others |= {"--points": points, "--recipe": recipe, "--data": data, "--set": override}
+        for name in [name for name, value in others.items() if value is not None]:
+            raise TrivetError(f"--onnx and --vnnlib decide a property of a file; leave out {name}.")
+        if onnx is None or vnnlib is None:
+            raise TrivetError("--onnx and --vnnlib go together: the network, and the property to decide.")
+        _decide(onnx, vnnlib, {name: value for name, value in asked_about.items() if value is not None}, out, as_json)
+        return
+    for name in [name for name, value in asked_about.items() if value is not None]:
+        raise TrivetError(f"--{name} goes with --onnx and --vnnlib.")
+    if target is None:
+        raise TrivetError("name a run folder or a model file, or give --onnx and --vnnlib.")
     from trivet import api
     from trivet.certify.curves import average_certified_radius, certified_accuracy, format_radius, share_histogram
 
@@ -280,6 +309,27 @@ def _smoothing(sigma: float, settings: dict[str, Any]) -> Any:
     except ValueError:
         raise TrivetError(f"--radii {settings['radii']} must be numbers with commas between, as 0,0.5,1.") from None
     return AdaptiveSmoothing(sigma, **(settings | {"radii": radii}))
+
+
+def _decide(onnx: str, vnnlib: str, settings: dict[str, Any], out: str | None, as_json: bool) -> None:
+    """Decide a property; the exit status says 0 where it holds, 1 where it does not, 3 where that stays unknown."""
+    from dataclasses import asdict
+
+    from trivet.certify.competition import decide, result_word
+
+    verdict = decide(onnx, vnnlib, out=out, **settings)
+    if as_json:
+        _print_json({**asdict(verdict), "result": result_word(verdict)})
+    else:
+        holds = f", for {'real' if verdict.arithmetic == 'real' else 'real and float32'} arithmetic"
+        print(f"{verdict.answer}: {verdict.reason}")
+        print(f"{verdict.boxes} parts in {verdict.seconds:.1f} s{holds if verdict.answer == 'verified' else ''}")
+        if verdict.witness is not None:
+            print("inputs:  " + " ".join(map(repr, verdict.witness.inputs)))
+            print("outputs: " + " ".join(map(repr, verdict.witness.outputs)))
+    status = {"verified": 0, "falsified": 1, "unknown": 3}.get(verdict.answer, 2)
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()

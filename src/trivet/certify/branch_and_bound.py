@@ -120,7 +120,8 @@ def verify(
     run = Search(Confirm(prop, runtime or as_users_do, exactly), started + timeout)
 
     def verdict(answer: Answer, reason: str, witness: Witness | None = None) -> Verdict:
-        return Verdict(answer, reason, arithmetic, run.boxes, time.monotonic() - started, witness)
+        late = answer == "unknown" and run.late
+        return Verdict(answer, reason, arithmetic, run.boxes, time.monotonic() - started, witness, late)
 
     try:
         proved = not len(queries)
@@ -140,5 +141,5 @@ def verify(
     if proved:
         return verdict("verified", "linear bounds exclude counterexamples from every part of the inputs.")
     if run.late:
-        return verdict("unknown", f"the time of {timeout:g} s was used up.")
+        return verdict("unknown", f"{timeout:.4g} s were not enough to decide every part of the inputs.")
     return verdict("unknown", "some part of the inputs can neither be decided nor be cut further.")

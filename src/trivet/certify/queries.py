@@ -40,6 +40,7 @@ class Verdict:
         reason: one sentence.
         arithmetic: of what evaluation of the network "verified" speaks, "real" or "float32" (which includes real).
         witness: with "falsified".
+        timed_out: whether "unknown" is for want of time.
         boxes: how many parts of the input or of the network's behaviour were bounded.
         seconds: of wall time.
     """
@@ -50,6 +51,7 @@ class Verdict:
     boxes: int
     seconds: float
     witness: Witness | None = None
+    timed_out: bool = False
 
     def __post_init__(self) -> None:
         require((self.witness is not None) == (self.answer == "falsified"), "a witness goes with falsified, alone.")
