@@ -63,6 +63,10 @@ class Attack(ABC):
     """
 
     room: ClassVar[str] = "threats"
+    gradient_free: ClassVar[bool] = False
+    """Whether it asks for outputs alone, so that masked gradients do not hinder it."""
+    outside: ClassVar[bool] = False
+    """Whether it looks beyond `threat`, so that what it leaves is no bound on the accuracy under `threat`."""
     threat: ThreatModel
     precision: Precision = field(default="fp32", kw_only=True)
     """The arithmetic in which gradients are asked for; success is always judged in the model's own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Square(Attack):
     queries: int = 5000
     restarts: int = 1
     p_init: float = 0.8
+    gradient_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         norm = self.threat.norm

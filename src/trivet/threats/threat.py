@@ -45,6 +45,11 @@ class ThreatModel(ABC):
         """The same set with its radius multiplied by `factor`: for ramps and reliability curves."""
         return replace(self, eps=factor * self.eps)  # type: ignore[type-var]  # every threat model is a dataclass
 
+    @property
+    def members(self) -> tuple[ThreatModel, ...]:
+        """The sets of one type that this one is the union of; itself, unless it is a union."""
+        return (self,)
+
 
 def batch_norms(delta: Tensor, p: float) -> Tensor:
     """The p-norm of each perturbation of a batch, shaped [B, 1, …] to broadcast over it."""
