@@ -57,7 +57,8 @@ class Linear:
         box: [M] int64.
         slope: [M, n].
         constant: [M], with all errors taken off.
-        least: [M], the least value in the box; minus infinity where it is no number.
+        least: [M], at most the least value in the box, and perhaps better than that of the line; minus infinity where
+            it is no number.
         trail: coefficients [M, out] of every rectified layer's outputs on the way, from the last to the first.
         reach: how far each input moves the rectified layers' neurons, [B, n, out], from the first to the last.
     """

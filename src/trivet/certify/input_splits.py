@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trivet.certify.dense_crown import Linear
-from trivet.certify.queries import Queries, Search, refuse_above
+from trivet.certify.queries import Queries, Search, least_value, refuse_above
 
 MAX_OPEN = 1 << 16
 """Open boxes up to which a search goes breadth first, so that all queries and regions get their turn."""
@@ -130,9 +130,11 @@ def shrunk(boxes: Boxes, found: Linear) -> Boxes:
     """The boxes without the parts where some row's linear bound is positive: no counterexample lies there.
 
     Of <slope, x> + constant <= 0, with all inputs but one where they make it least, follows how far that one can go.
+    The least value of that line is meant, and not `found.least`, which may come from elsewhere.
     """
     lower, upper = boxes.lower[found.box], boxes.upper[found.box]
-    room = (-found.least).clamp(min=0.0)[:, None] / found.slope.abs()
+    least = least_value(found.slope, found.constant, lower, upper)
+    room = (-least).clamp(min=0.0)[:, None] / found.slope.abs()
     room = room * (1 + 1e-12)
     # Division by 0, or by a slope so small that the quotient overflows, leaves the input where it was.
     high = torch.where(found.slope > 0, lower + room, upper)
