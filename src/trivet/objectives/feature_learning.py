@@ -42,14 +42,19 @@ class FeatureLearning(Adversary, Objective):
     small robust error. They say nothing of networks on real images. Reconstructed from abstract and reviews; sizes
     are ours. `feature-learning` is the recipe; its run shows both directions of the claim in seconds.
 
-    Trap: one-step training can be broken by attacks of more steps; compare both.
+    Trap: at X itself a filter that no patch activates has gradient zero, so that an attack from there never wakes it.
+    Training on such attacks learns robust features and still falls to attacks from random starts: with the data's
+    defaults and radius 0.5, 5 steps, 0.94 of 100 test records stand after 20 steps from X and 0.09 after 3 random
+    restarts; trained with `random_start`, 1.00 and 0.82 (seed 0).
 
     Attributes:
         steps: 0 for standard training, 1 for the analysed case, more for a stronger adversary.
+        random_start: begin at a random point of the set instead of X.
         draw: the patch data's.
     """
 
     steps: int = 1
+    random_start: bool = False
     draw: int = 0
 
     def __post_init__(self) -> None:
@@ -58,7 +63,7 @@ class FeatureLearning(Adversary, Objective):
             super().__post_init__()
 
     def start(self, threat: ThreatModel, batch: Batch, progress: Progress) -> Tensor:
-        return batch.inputs
+        return super().start(threat, batch, progress) if self.random_start else batch.inputs
 
     def perturb(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
         return super().perturb(model, batch, progress) if self.steps else batch.inputs
