@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trivet import display, machine
-from trivet.audit import certificates, consistency, diagnosis, gradients, masking, probes
+from trivet.audit import certificates, consistency, diagnosis, explanations, gradients, masking, probes
+from trivet.audit.explanation_finding import ExplanationFinding
 from trivet.audit.findings import (
     AttackFinding,
     CertificateFinding,
@@ -33,6 +34,7 @@ from trivet.compression.cost import cost_of, measure_latency
 from trivet.data.dataset import Batch, Dataset
 from trivet.errors import require
 from trivet.methods import method, spec_of
+from trivet.models.attribution import explain_class
 from trivet.models.fingerprint import fingerprint
 from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
@@ -65,6 +67,7 @@ class Audit:
             if the certificate is about the same geometry, else 0.25, 0.5 and 1.
         diagnosis: at how many of the certified records slope, curvature and Lipschitz constant are set against the
             radii; 0 for none. Costs far less than the certificates.
+        explanations: at how many records attributions are measured, how sparse they are and how stable; 0 for none.
         leaks: attacks on the training records' privacy, for runs whose training can be repeated. `run` leaves them
             to its caller, who has the training: they make models of their own.
         latency: batch sizes to time.
@@ -83,6 +86,7 @@ class Audit:
     certificate_points: int | None = 500
     certified_radii: tuple[float, ...] = ()
     diagnosis: int = 100
+    explanations: int = 100
     leaks: tuple[LeakTest, ...] = ()
     latency: tuple[int, ...] = (1, 128)
     confidence: float = 0.95
@@ -94,7 +98,7 @@ class Audit:
         for name in ("curve_points", "certificate_points", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} must be at least 1.")
-        for name in ("diagnosis", "examples"):
+        for name in ("diagnosis", "explanations", "examples"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(0 < self.confidence < 1, f"confidence={self.confidence} must lie strictly between 0 and 1.")
         require(all(size >= 1 for size in self.latency), f"latency={list(self.latency)} must be batch sizes.")
@@ -148,6 +152,7 @@ class Audit:
         curve, found = self._probe(sweep, first, seen, attacks)
         checks += found + consistency.of_attacks(sweep.right, sweep.standing, seen.randomised)
         proved, diagnosed, found = self._certify(sweep, seen)
+        explained, pictures = self._explain(sweep, seen)
         worst = sweep.worst
         return Findings(
             name=name,
@@ -168,9 +173,10 @@ class Audit:
             curve=curve,
             certificate=proved,
             diagnosis=diagnosed,
+            explanations=explained,
             checks=tuple(checks + found),
             cost=cost,
-        ), sweep.examples()
+        ), pictures
 
     def _cost(self, model: nn.Module, shape: tuple[int, int, int]) -> CostFinding:
         counted = cost_of(model, shape)
@@ -257,6 +263,18 @@ class Audit:
                 advance=advance,
             )
         return diagnosis.finding(measured, first, sweep.data.labels[first.index], time.perf_counter() - began)
+
+    def _explain(self, sweep: Sweep, seen: Behaviour) -> tuple[ExplanationFinding | None, dict[str, Tensor]]:
+        """How the model can be explained, and the kept examples, with their attributions where there are any."""
+        pictures = sweep.examples()
+        if not self.explanations or not seen.differentiable or seen.randomised:
+            return None, pictures
+        batch = sweep.data.batch(torch.arange(min(self.explanations, len(sweep.data)))).to(sweep.device)
+        found = explanations.explain(sweep.model, batch, self.threat, seed=sweep.seed, batch_size=self.batch_size)
+        for name in ("clean", "adversarial") if len(pictures["index"]) else ():
+            inputs, labels = (pictures[key].to(sweep.device) for key in (name, "label"))
+            pictures[f"{name}_attribution"] = explain_class(sweep.model, inputs, labels).cpu()
+        return found, pictures
 
     def _radii(self, obtained: Certificates) -> tuple[float, ...]:
         return (self.threat.eps,) if obtained.norm == self.threat.norm else (0.25, 0.5, 1.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from trivet.audit import charts
 from trivet.audit.cells import key, right, state
 from trivet.audit.charts import Series
@@ -199,7 +201,10 @@ def examples(subjects: Sequence[Subject]) -> Html:
         for number, subject in enumerate(subjects)
         if subject.examples and len(subject.examples["index"])
     ]
-    lead = "Records that were labelled correctly, and images near them that were not. Differences are amplified."
+    lead = (
+        "Records that were labelled correctly, and images near them that were not. Differences are amplified. Why, "
+        "where it is shown: what each pixel adds to the logit of the right class (light) or takes from it (dark)."
+    )
     return section("examples", "Adversarial examples", blocks, lead=lead) if blocks else _NOTHING
 
 
@@ -217,13 +222,16 @@ def _pictures(subject: Subject) -> Html:
                 (changed, f"difference, amplified {factor:.2g} times"),
             )
         ]
+        for what, whose in (("clean_attribution", "record"), ("adversarial_attribution", "attacked record")):
+            if what in e:
+                shown, _ = difference(torch.zeros_like(e[what][row]), e[what][row])
+                pictures.append(tag("img", src=data_uri(shown), alt=f"attribution of the {whose} to {before}"))
         said = tag(
             "figcaption", tag("b", before), " → ", tag("b", after), tag("span", f"diff x{factor:.2g}", class_="small")
         )
         columns.append(tag("figure", pictures, said))
-    heads = tag(
-        "div", [tag("span", each) for each in ("clean", "attacked", "difference")], class_="heads", aria_hidden="true"
-    )
+    titles = ["clean", "attacked", "difference", *(["why", "why, attacked"] if "clean_attribution" in e else [])]
+    heads = tag("div", [tag("span", each) for each in titles], class_="heads", aria_hidden="true")
     return tag("div", tag("div", heads, columns, class_="pictures"), class_="scroll")
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trivet.audit.counted import Counted
+from trivet.audit.explanation_finding import ExplanationFinding
 from trivet.audit.leak_finding import LeakFinding
 from trivet.errors import TrivetError
 from trivet.files import read_json, write_json
@@ -199,6 +200,7 @@ class Findings(_Record):
     curve: Curve | None
     certificate: CertificateFinding | None
     diagnosis: DiagnosisFinding | None = None
+    explanations: ExplanationFinding | None = None
     leaks: tuple[LeakFinding, ...] = ()
     checks: tuple[Check, ...]
     cost: CostFinding

@@ -20,8 +20,11 @@ def integrated_gradients(function: Callable[[Tensor], Tensor], x: Tensor, baseli
     of `steps` equal parts of [0, 1]. The attributions of a record add up to F(x) - F(u), up to the error of that sum:
     check it. Differentiable in x, u and whatever `function` depends on; works under `torch.func.vmap`.
     """
+    return _summed(grad(lambda points: function(points).sum()), x, baseline, steps)
+
+
+def _summed(slope: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, steps: int) -> Tensor:
     require(steps >= 1, f"steps={steps} must be at least 1.")
-    slope = grad(lambda points: function(points).sum())
     total = torch.zeros_like(x)
     for number in range(steps):
         total = total + slope(baseline + (number + 0.5) / steps * (x - baseline))
@@ -38,9 +41,19 @@ def class_logit(model: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def explain_class(model: nn.Module, x: Tensor, y: Tensor, steps: int = 50) -> Tensor:
-    """Integrated gradients [B, ...] of the logits of classes `y` [B], in eval mode, from the black image; detached."""
+    """Integrated gradients [B, ...] of the logits of classes `y` [B], in eval mode, from the black image; detached.
+
+    Of any model that has a gradient, also where `torch.func` has no rule for one of its layers.
+    """
+    logit = class_logit(model, y)
+
+    def slope(points: Tensor) -> Tensor:
+        points = points.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(logit(points).sum(), points)[0]
+
     with evaluating(model):
-        return integrated_gradients(class_logit(model, y), x, torch.zeros_like(x), steps).detach()
+        return _summed(slope, x.detach(), torch.zeros_like(x), steps)
 
 
 def deep_shap(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
