@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from trivet import display, machine
-from trivet.audit import certificates, consistency, diagnosis, explanations, gradients, masking, probes
+from trivet.audit import (
+    certificates,
+    consistency,
+    diagnosis,
+    explanations,
+    gradients,
+    masking,
+    perturbation_types,
+    probes,
+)
 from trivet.audit.explanation_finding import ExplanationFinding
 from trivet.audit.findings import (
     AttackFinding,
@@ -24,7 +33,6 @@ from trivet.audit.findings import (
     Findings,
     LatencyFinding,
 )
-from trivet.audit.labels import distinct, label_of
 from trivet.audit.leak_test import LeakTest
 from trivet.audit.masking import Behaviour
 from trivet.audit.probes import Probes
@@ -39,8 +47,6 @@ from trivet.models.fingerprint import fingerprint
 from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
-from trivet.threats.autoattack import AutoAttack
-from trivet.threats.pgd import PGD
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
 
@@ -55,7 +61,8 @@ class Audit:
     """Attack, certify and weigh a model under one threat.
 
     Attributes:
-        threat: the perturbation set.
+        threat: the perturbation set. Of a union every member is attacked, and the worst case is stated for each type
+            and for all of them together; affine attacks, which mix types, are reported beside it.
         attacks: the battery; none given means PGD-40 with 5 restarts on the cross-entropy and on the margin, and
             AutoAttack, all averaging gradients where the model is randomised, with Square where it has no gradient.
         points: audit the first so many test records; None for all.
@@ -112,16 +119,7 @@ class Audit:
 
     def battery(self, seen: Behaviour) -> tuple[Attack, ...]:
         """The attacks to run: those asked for, else the standard ones, and Square where gradients lead nowhere."""
-        if self.attacks:
-            return self.attacks
-        samples = EOT_SAMPLES if seen.randomised else 1
-        battery: tuple[Attack, ...] = tuple(
-            PGD(self.threat, 40, restarts=5, loss=loss, samples=samples) for loss in ("ce", "margin")
-        )
-        if self.threat.norm in P:  # AutoAttack and Square know no other geometry
-            battery += (AutoAttack(self.threat, "rand" if seen.randomised else "standard"),)
-            battery += () if seen.differentiable else (Square(self.threat),)
-        return battery
+        return perturbation_types.battery(self.threat, self.attacks, seen, EOT_SAMPLES)
 
     def run(
         self, model: nn.Module, data: Dataset, *, seed: int, name: str, source: str
@@ -154,6 +152,7 @@ class Audit:
         proved, diagnosed, found = self._certify(sweep, seen)
         explained, pictures = self._explain(sweep, seen)
         worst = sweep.worst
+        types = perturbation_types.by_type(self.threat, self.battery(seen), sweep).standing
         return Findings(
             name=name,
             source=source,
@@ -170,6 +169,7 @@ class Audit:
             attacks=tuple(attacks),
             worst_case=None if worst is None else sweep.rate(worst),
             worst_by_class=() if worst is None else sweep.by_class(worst),
+            worst_by_type={name: sweep.rate(left) for name, left in types.items()},
             curve=curve,
             certificate=proved,
             diagnosis=diagnosed,
@@ -192,24 +192,25 @@ class Audit:
 
     def _attack(self, sweep: Sweep, seen: Behaviour) -> list[AttackFinding]:
         battery = self.battery(seen)
-        return [sweep.attack(*pair) for pair in zip(battery, distinct([label_of(a) for a in battery]), strict=True)]
+        labels = perturbation_types.labels(self.threat, battery)
+        return [sweep.attack(*pair) for pair in zip(battery, labels, strict=True)]
 
     def _probe(
         self, sweep: Sweep, first: Batch, seen: Behaviour, attacks: list[AttackFinding]
     ) -> tuple[Curve | None, list[Check]]:
         """The reliability curve and the checks that compare attacks; neither without a gradient."""
-        found = [
-            check
-            for attack in attacks
-            if attack.broke
-            for check in masking.of_components(attack.broke, len(sweep.data))
-        ]
+        types = perturbation_types.by_type(self.threat, self.battery(seen), sweep)
+        found = masking.of_types(types.white_box, types.standing)
+        composed = [attack.broke for attack in attacks if attack.broke]
+        if len(self.threat.members) == 1:
+            found += [check for broke in composed for check in masking.of_components(broke, len(sweep.data))]
         if not seen.differentiable:
             return None, found
         radii = probes.default_curve(self.threat, first.inputs[0].numel()) if self.curve is None else self.curve
         standing = torch.stack([sweep.right, *sweep.white_box.values()]).all(0)[: len(first)]
         # AutoAttack has its own Square, and its own flag for it.
-        black_box = () if found or self.threat.norm not in P else (Square(self.threat, queries=_SQUARE_QUERIES),)
+        balls = () if composed else (each for each in self.threat.members if each.norm in P)
+        black_box = tuple(Square(ball, queries=_SQUARE_QUERIES) for ball in balls)
         with display.progress("reliability curve and masking checks", probes.count(radii, black_box)) as advance:
             result = probes.probe(
                 sweep.model,
@@ -299,6 +300,7 @@ def _behaviour(model: nn.Module, batch: Batch, classes: int) -> Behaviour:
         differentiable = gradients.differentiable(model, batch.inputs)
         labels, logits = gradients.spread(model, batch.inputs)
         shares = gradients.zero_gradient_shares(model, batch.inputs, batch.labels) if differentiable else (None, None)
+        stark = gradients.thresholding(model, batch.inputs, batch.labels) if differentiable else None
         return Behaviour(
             classes,
             labels,
@@ -307,4 +309,5 @@ def _behaviour(model: nn.Module, batch: Batch, classes: int) -> Behaviour:
             gradients.differentiates_inside(model, batch.inputs),
             differentiable,
             *shares,
+            *(stark or (None, None)),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trivet.audit.findings import AttackFinding, CertificateFinding, CertifiedPoint, Findings, LatencyFinding
-from trivet.audit.labels import in_pixels
+from trivet.audit.labels import in_pixels, threat_name
 from trivet.audit.privacy_standing import rounded_down
 from trivet.certify.curves import format_radius
 from trivet.claims import AccuracyClaim, AttackClaim, CertificateClaim, Claim, CostClaim, Ledger, PrivacyClaim
@@ -19,7 +19,8 @@ def claims_from(findings: Findings, made_by: str, recheck: str) -> list[Claim]:
     """Every claim that `findings` support; `recheck` is the command that would measure them again."""
     make = _Maker(findings, {"artefact": findings.artefact, "made_by": made_by, "recheck": recheck})
     claims: list[Claim] = [make.accuracy()]
-    claims += [make.attack(attack, attack.accuracy) for attack in findings.attacks if attack.accuracy is not None]
+    ran = [attack for attack in findings.attacks if not attack.outside]
+    claims += [make.attack(attack, attack.accuracy) for attack in ran if attack.accuracy is not None]
     if findings.worst_case is not None and len(claims) > 2:
         claims.append(make.worst_case(findings.worst_case))
     if findings.certificate is not None:
@@ -67,6 +68,8 @@ class _Maker:
     @property
     def _radius(self) -> str:
         threat = self.findings.threat
+        if "threats" in threat:
+            return threat_name(threat)
         return f"{threat.get('name', 'threat')} radius {in_pixels(threat.get('eps', 0.0))}"
 
     @property
@@ -93,7 +96,7 @@ class _Maker:
         )
 
     def worst_case(self, rate: Rate) -> Claim:
-        ran = [attack for attack in self.findings.attacks if attack.accuracy is not None]
+        ran = [attack for attack in self.findings.attacks if attack.accuracy is not None and not attack.outside]
         return AttackClaim(
             statement=f"All {len(ran)} attacks together at {self._radius} leave {_of(rate)} of {self.on} correctly "
             f"labelled: {self._bound}.",

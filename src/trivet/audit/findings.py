@@ -37,6 +37,7 @@ class AttackFinding(_Record):
         seconds: wall-clock time.
         broke: how many points each component of a composed attack broke.
         note: why it could not run.
+        outside: it looked beyond the threat, so that its accuracy bounds nothing about it; not in the worst case.
     """
 
     label: str
@@ -45,6 +46,7 @@ class AttackFinding(_Record):
     seconds: float
     broke: dict[str, int] = {}
     note: str = ""
+    outside: bool = False
 
 
 class CurvePoint(_Record):
@@ -177,6 +179,7 @@ class Findings(_Record):
         randomised: whether the model answers the same question differently; attacks then averaged gradients.
         clean: accuracy on unperturbed points. clean_by_class and worst_by_class: in the order of `data.classes`.
         worst_case: points that no attack broke. None if no attack could run.
+        worst_by_type: the same for each member of a union of threats alone, by its name and radius.
         leaks: what attacks on the privacy of training records found about the way the model was trained.
         provenance: command, date, versions and hardware.
     """
@@ -197,6 +200,7 @@ class Findings(_Record):
     attacks: tuple[AttackFinding, ...]
     worst_case: Counted | None
     worst_by_class: tuple[Counted, ...]
+    worst_by_type: dict[str, Counted] = {}
     curve: Curve | None
     certificate: CertificateFinding | None
     diagnosis: DiagnosisFinding | None = None

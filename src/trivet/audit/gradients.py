@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trivet.models.surrogate import Logits
 from trivet.threats.attack import input_gradient
-from trivet.threats.losses import AttackLoss, cross_entropy, dlr
+from trivet.threats.losses import AttackLoss, cross_entropy, dlr, margin
 
 _NO_GRADIENT = (
     "does not require grad",
@@ -83,6 +83,25 @@ def zero_gradient_shares(model: Logits, x: Tensor, y: Tensor) -> tuple[float, fl
         return float((gradient.flatten(1).abs().amax(1) == 0).float().mean())
 
     return share(cross_entropy), share(dlr)
+
+
+def thresholding(model: Logits, x: Tensor, y: Tensor) -> tuple[float, float] | None:
+    """How little the model would notice if its inputs were black and white, and how much of its gradient is zero.
+
+    The least relative change of the logits, ||z(1[x > t]) - z(x)|| / ||z(x)|| over the batch, for t = 0.3, 0.5 and
+    0.7; and the share of entries of the margin's input gradient that are exactly zero. None where the inputs are
+    black and white themselves, so that nothing can be seen.
+    """
+    least = torch.inf
+    with torch.no_grad():
+        logits = model(x)
+        for level in (0.3, 0.5, 0.7):
+            stark = (x > level).to(x.dtype)
+            if float((stark - x).abs().mean()) < 0.01:
+                return None
+            least = min(least, float((model(stark) - logits).norm() / logits.norm().clamp_min(1e-12)))
+    gradient, _, _ = input_gradient(model, x, partial(_on, margin, y))
+    return least, float((gradient == 0).double().mean())
 
 
 def _on(loss: AttackLoss, labels: Tensor, logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trivet.methods import methods
@@ -33,6 +33,17 @@ def distinct(labels: Sequence[str]) -> list[str]:
         seen[label] = seen.get(label, 0) + 1
         out.append(label if seen[label] == 1 else f"{label} #{seen[label]}")
     return out
+
+
+def threat_name(threat: Mapping[str, Any]) -> str:
+    """E.g. "linf 8/255", "linf 0.1 or l1 2": a threat model's spec in a few words."""
+    name = str(threat.get("name", "threat"))
+    if "threats" in threat:
+        scale = "" if threat.get("eps", 1.0) == 1 else f", {threat['eps']:.4g} times as large"
+        return " or ".join(threat_name(each) for each in threat["threats"]) + scale
+    if "angle" in threat:
+        return f"{name} {threat['eps'] * threat['shift']:.3g} px {threat['eps'] * threat['angle']:.3g}°"
+    return f"{name} {in_pixels(threat['eps'])}" if "eps" in threat else name
 
 
 def in_pixels(eps: float) -> str:

@@ -24,11 +24,15 @@ from trivet.statistics import Rate
 SPREAD = 1e-4
 ONE_STEP, AGREEMENT, BLACK_BOX, EFFORT, RISE = 0.005, 0.05, 0.002, 0.005, 0.005
 ZERO_SHARE = 0.01
+STARK, DEAD_PIXELS = 0.1, 0.5
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model's outputs and gradients look like, see `trivet.audit.gradients`. None: it has no gradient."""
+    """What a model's outputs and gradients look like, see `trivet.audit.gradients`. None: it has no gradient.
+
+    `stark` and `dead_pixels` are what `thresholding` returns, None also where it saw nothing.
+    """
 
     classes: int
     labels_change: float
@@ -38,6 +42,8 @@ class Behaviour:
     differentiable: bool
     zero_ce: float | None = None
     zero_dlr: float | None = None
+    stark: float | None = None
+    dead_pixels: float | None = None
 
     @property
     def randomised(self) -> bool:
@@ -88,6 +94,20 @@ def of_behaviour(seen: Behaviour) -> list[Check]:
             "the DLR loss's gradient is zero in every pixel for any point",
             {} if seen.zero_dlr is None else {"points, %": 100 * seen.zero_dlr},
             "AutoAttack cannot move these points by gradients; it relies on its black-box part there.",
+        ),
+        _check(
+            "thresholds_inputs",
+            "Inputs are thresholded",
+            None
+            if seen.stark is None or seen.dead_pixels is None
+            else seen.stark < STARK and seen.dead_pixels > DEAD_PIXELS,
+            f"inputs made black and white change the logits by less than {100 * STARK:g} % of their norm, and more "
+            f"than {100 * DEAD_PIXELS:g} % of the entries of the input gradient are zero",
+            {}
+            if seen.stark is None or seen.dead_pixels is None
+            else {"logits changed, %": 100 * seen.stark, "zero entries, %": 100 * seen.dead_pixels},
+            "A step in the first layer withstands small changes of all pixels by hiding the gradient of large changes "
+            "of a few: under l_1 and l_2, believe only attacks that need no gradient (Tramer & Boneh 2019).",
         ),
         _check(
             "inner_gradients",
@@ -165,6 +185,31 @@ def of_components(broke: dict[str, int], points: int) -> list[Check]:
             f"of all points, Square breaks more than {100 * BLACK_BOX:g} % that the other parts left",
             {"broken by Square, %": 100 * by_square / max(points, 1)},
             "Attacks that see only outputs break points that gradients do not: the gradients mislead.",
+        )
+    ]
+
+
+def of_types(white_box: dict[str, Tensor], standing: dict[str, Tensor]) -> list[Check]:
+    """The flag that Tramer & Boneh (NeurIPS 2019) owe their lesson to: by type of perturbation, what attacks that need
+    no gradient break after all that follow gradients.
+
+    Args:
+        white_box, standing: [N] bool by type: what gradient attacks leave, and what all attacks of the type leave.
+            Types that were attacked in one way only are not in `white_box`.
+    """
+    if not white_box:
+        return []
+    excess = {name: _excess(left, standing[name]) for name, left in white_box.items()}
+    return [
+        _check(
+            "gradient_free_stronger",
+            "Attacks without gradients find more",
+            any(more - 2 * error > BLACK_BOX for more, error in excess.values()),
+            f"of any type, they break more than {100 * BLACK_BOX:g} % of the points, by two standard errors, that "
+            "attacks by gradients left",
+            {f"{name}, %": 100 * more for name, (more, _) in excess.items()},
+            "Gradients of this type of perturbation are masked; its accuracy under gradient attacks is too high, and "
+            "so may be what is left here.",
         )
     ]
 

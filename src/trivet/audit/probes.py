@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from trivet.models.modes import evaluating
 from trivet.randomness import generator
 from trivet.threats.attack import Attack, misclassified
 from trivet.threats.pgd import PGD, fgsm
+from trivet.threats.rotation_translation import RotationTranslation
 from trivet.threats.threat import ThreatModel
+from trivet.threats.union import Union, over_members
 
 STEPS = 20
 LONG_STEPS = 100
@@ -50,9 +53,22 @@ class Probes:
     black_box: Tensor
 
 
-def whole_range(norm: str, pixels: int) -> float | None:
-    """The radius at which every image of [0, 1]^pixels lies in the set around every other, where that is known."""
-    return {"Linf": 1.0, "L2": math.sqrt(pixels), "L1": float(pixels)}.get(norm)
+def whole_range(threat: ThreatModel, pixels: int) -> float | None:
+    """The radius at which every image of [0, 1]^pixels lies in the set around every other, where that is known.
+
+    Of a union: the scale at which that holds of its first member.
+    """
+    if isinstance(threat, Union):
+        once = replace(threat, eps=1.0).members
+        radii = [(radius, each.eps) for each in once if each.eps and (radius := whole_range(each, pixels)) is not None]
+        scale = min((radius / eps for radius, eps in radii), default=None)
+        # Rounding must not push that member's radius over the range.
+        return scale and next(
+            scale
+            for scale in (scale, math.nextafter(scale, 0.0))
+            if all(scale * eps <= radius for radius, eps in radii)
+        )
+    return {"Linf": 1.0, "L2": math.sqrt(pixels), "L1": float(pixels)}.get(threat.norm)
 
 
 def resized(threat: ThreatModel, radius: float) -> ThreatModel:
@@ -65,7 +81,7 @@ def resized(threat: ThreatModel, radius: float) -> ThreatModel:
 
 def default_curve(threat: ThreatModel, pixels: int) -> tuple[float, ...]:
     """0, half, once, one and a half times and twice the radius, and the whole range."""
-    whole = whole_range(threat.norm, pixels)
+    whole = whole_range(threat, pixels)
     radii = {factor * threat.eps for factor in (0.0, 0.5, 1.0, 1.5, 2.0)} | ({whole} if whole else set())
     return tuple(sorted(radius for radius in radii if whole is None or radius <= whole))
 
@@ -102,8 +118,8 @@ def probe(
         return left
 
     def pgd(radius: float, loss: str, steps: int = STEPS) -> Tensor:
-        attack = PGD(resized(threat, radius), steps=steps, loss=loss, samples=samples)  # type: ignore[arg-type]
-        return stands(attack, f"{loss} {steps} {radius!r}")
+        attack = partial(PGD, steps=steps, loss=loss, samples=samples)  # type: ignore[arg-type]
+        return stands(over_members(resized(threat, radius), attack), f"{loss} {steps} {radius!r}")
 
     clean = ~_misclassified(model, batch, batch_size)
     if threat.eps == 0:
@@ -111,7 +127,7 @@ def probe(
     pixels = batch.inputs[0].numel()
     asked = {radius for radius in radii if radius > 0} | {threat.eps}
     ce, margin = ({radius: pgd(radius, loss) for radius in sorted(asked)} for loss in ("ce", "margin"))
-    one_step, longer = stands(fgsm(threat), "fgsm"), pgd(threat.eps, "ce", LONG_STEPS)
+    one_step, longer = stands(over_members(threat, fgsm, draws=1), "fgsm"), pgd(threat.eps, "ce", LONG_STEPS)
     white_box = standing & one_step & ce[threat.eps] & margin[threat.eps] & longer
     left = _after_random_directions(model, batch, threat, white_box, seed, batch_size)
     for number, attack in enumerate(black_box):
@@ -125,7 +141,7 @@ def probe(
         margin[threat.eps],
         longer,
         {radius: curve[radius] for radius in sorted(curve) if radius in radii},
-        ce.get(whole_range(threat.norm, pixels) or -1.0),
+        ce.get(whole_range(threat, pixels) or -1.0),
         white_box,
         left,
     )
@@ -154,6 +170,11 @@ def _after_random_directions(
             for part in index.split(batch_size):
                 x, y = batch.inputs[part], batch.labels[part]
                 direction = torch.randn(x.shape, generator=source, device=x.device)
-                proposed = threat.project(threat.ascend(x, direction, threat.eps), x)
-                left[part] = ~(threat.contains(proposed, x) & misclassified(model, proposed, y))
+                broken = torch.zeros_like(y, dtype=torch.bool)
+                for member in threat.members:
+                    if isinstance(member, RotationTranslation):  # no directions, and the search tried all of it
+                        continue
+                    proposed = member.project(member.ascend(x, direction, member.eps), x)
+                    broken |= member.contains(proposed, x) & misclassified(model, proposed, y)
+                left[part] = ~broken
     return left

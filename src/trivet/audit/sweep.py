@@ -19,7 +19,6 @@ from trivet.randomness import generator
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
 from trivet.threats.autoattack import AutoAttack
-from trivet.threats.square import Square
 
 _PORTION = 2048
 """Records handed to a composed attack at once: enough for full batches of what still stands, and bounded."""
@@ -34,7 +33,7 @@ class Sweep:
     Attributes:
         norm: in which distances are kept; keep: how many adversarial examples.
         predicted: [N] int64, the model's labels without attack.
-        standing: by attack, [N] bool: still classified correctly.
+        standing: by attack, [N] bool: still classified correctly. Attacks that look beyond the threat are left out.
         white_box: the same after those of its parts that follow gradients; attacks that follow none are left out.
         distance: [N] float64, how near the nearest adversarial point found lies; 0 where wrong without attack.
         fallen: adversarial points kept for pictures, by position.
@@ -92,13 +91,15 @@ class Sweep:
                 raise
             note = "not possible: the model has no input gradient"
             return AttackFinding(label=label, spec=spec_of(attack), accuracy=None, seconds=0.0, note=note)
-        self.standing[label] = left
+        if not attack.outside:
+            self.standing[label] = left
         return AttackFinding(
             label=label,
             spec=spec_of(attack),
             accuracy=self.rate(left),
             seconds=time.perf_counter() - began,
             broke=broke,
+            outside=attack.outside,
         )
 
     def _plain(self, attack: Attack, label: str) -> tuple[Tensor, dict[str, int]]:
@@ -110,10 +111,11 @@ class Sweep:
                 source = generator(self.seed, "audit", label, number, device=self.device)
                 found = attack.run(self.model, here.inputs, here.labels, generator=source, batch_size=self.batch_size)
                 left[batch.index] = ~found.broken.cpu()
-                self._remember(batch, found.x_adv.cpu(), found.broken.cpu())
+                if not attack.outside:
+                    self._remember(batch, found.x_adv.cpu(), found.broken.cpu())
                 done = int(batch.index[-1]) + 1
                 advance(len(batch), note=f"{100 * float(left[:done].float().mean()):.1f} % left")
-        if not isinstance(attack, Square):
+        if not (attack.gradient_free or attack.outside):
             self.white_box[label] = left
         return left, {}
 

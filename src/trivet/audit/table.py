@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trivet.audit.findings import Findings
-from trivet.audit.labels import in_pixels
+from trivet.audit.labels import threat_name
 from trivet.audit.privacy_standing import standing
 from trivet.audit.subject import Subject
 from trivet.statistics import Rate
@@ -28,6 +28,7 @@ def comparison(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
 def _row(name: str, found: Findings) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name, "threat": threat_text(found.threat), "clean": _percent(found.clean)}
     row |= {attack.label: _percent(attack.accuracy) for attack in found.attacks}
+    row |= {f"worst case, {name}": _percent(left) for name, left in found.worst_by_type.items()}
     row["worst case"] = _percent(found.worst_case)
     if found.certificate is not None:
         headline = found.certificate.at[0]
@@ -41,7 +42,7 @@ def _row(name: str, found: Findings) -> dict[str, Any]:
 
 def threat_text(threat: dict[str, Any]) -> str:
     """E.g. "linf 8/255"."""
-    return f"{threat.get('name', 'threat')} {in_pixels(threat['eps'])}" if "eps" in threat else str(threat.get("name"))
+    return threat_name(threat)
 
 
 def _percent(rate: Rate | None) -> float | None:

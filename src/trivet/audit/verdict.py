@@ -79,7 +79,7 @@ def _tiles(subject: Subject) -> Html:
     found = subject.findings
     tiles = [_tile("Clean accuracy", found.clean, "without attack")]
     if found.worst_case is not None:
-        ran = sum(attack.accuracy is not None for attack in found.attacks)
+        ran = sum(attack.accuracy is not None and not attack.outside for attack in found.attacks)
         tiles.append(
             _tile("Under attack", found.worst_case, f"{_worst_of(ran)}, {threat_text(found.threat)}", "at most")
         )
@@ -137,6 +137,8 @@ def _attacks(found: Findings) -> Html:
         broke = ", ".join(f"{name} {number}" for name, number in attack.broke.items())
         took = tag("td", seconds(attack.seconds) if attack.accuracy else "", class_="number")
         rows.append([attack.label, *rate_in_line(attack.accuracy, attack.note), took, broke])
+    for name, left in found.worst_by_type.items():
+        rows.append([tag("b", f"worst case of {name} alone"), *rate_in_line(left), "", ""])
     if found.worst_case is not None:
         rows.append([tag("b", "worst case: no attack broke it"), *rate_in_line(found.worst_case), "", ""])
     head = ["attack", right("accuracy left, %"), "", right("interval"), right("time"), "points broken by"]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from trivet.privacy.gradient_rule import GradientRule, PerExample
 from trivet.privacy.mean import MeanGradient
 from trivet.randomness import derive_seed, generator
 from trivet.threats.pgd import PGD, fgsm
+from trivet.threats.union import over_members
 from trivet.training.averaging import MovingAverage
 from trivet.training.independence import require_independence
 from trivet.training.optimizers import Optimizer, Sgd
@@ -374,7 +376,10 @@ def _swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 def held_out(model: nn.Module, held: Dataset, objective: Objective, progress: Progress) -> dict[str, float]:
     """Accuracy on held-out records: clean, under FGSM and PGD-10 where the objective has a threat, and what it adds."""
     threat = getattr(objective, "threat", None)
-    attacks = {"held_fgsm": fgsm(threat), "held_pgd": PGD(threat, steps=10)} if threat is not None else {}
+    attacks = {}
+    if threat is not None:  # rotations, which have no gradient, are tried: one and ten
+        attacks["held_fgsm"] = over_members(threat, fgsm, draws=1)
+        attacks["held_pgd"] = over_members(threat, partial(PGD, steps=10), draws=10)
     right = dict.fromkeys(["held_clean", *attacks], 0)
     device = device_of(model)
     with evaluating(model):
