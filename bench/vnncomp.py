@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with instances.csv")
     parser.add_argument("--known", type=Path, help="CSV of network,property,sat|unsat")
     parser.add_argument("--only", default="", help="only instances whose line matches this regular expression")
-    parser.add_argument("--most", type=float, default=float("inf"), help="seconds for an instance, if less than listed")
+    parser.add_argument("--most", type=float, default=1e6, help="seconds for an instance, if less than listed")
     parser.add_argument("--arithmetic", choices=["real", "float32"], default="real")
     options = parser.parse_args()
     harness.prepare(options)

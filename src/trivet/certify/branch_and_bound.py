@@ -46,6 +46,7 @@ class SharedBounds:
 
     def __init__(self, network: Network, reference: Callable[[Tensor], Tensor], arithmetic: Arithmetic) -> None:
         self.network, self.reference, self.arithmetic = network, reference, arithmetic
+        self.batch = 64
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.reference(x)

@@ -155,6 +155,12 @@ class DenseNetwork:
         """Of every layer but the last: how the intervals of the boxes are laid side by side."""
         return [len(layer.bias) for layer in self.layers[:-1]]
 
+    @property
+    def batch(self) -> int:
+        """Boxes in one call, so that its generators take a quarter of a gigabyte at most, or little more."""
+        most = (self.layers[0].weight.shape[1] + sum(self.widths)) * max(len(layer.bias) for layer in self.layers)
+        return max(1, min(1024, (1 << 25) // most))
+
     def intervals(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Of all pre-activations but the last layer's, by intervals alone, [B, 2, sum of widths]: where to begin."""
         found = []

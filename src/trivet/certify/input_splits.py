@@ -26,6 +26,10 @@ MAX_OPEN = 1 << 16
 class Bounder(Protocol):
     """What bounds a network's outputs over boxes."""
 
+    @property
+    def batch(self) -> int:
+        """Boxes in one call."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs [B, m] for inputs [B, n], in float64."""
 
@@ -62,12 +66,13 @@ class Boxes:
 
 
 @torch.no_grad()
-def search(bounder: Bounder, queries: Queries, run: Search, batch: int = 1024) -> bool:
+def search(bounder: Bounder, queries: Queries, run: Search) -> bool:
     """True if no query has a counterexample; False if the search ended early, with `run.witness` if it found one.
 
     Raises:
         UnsoundBound: a bound above a value that the network has in its box.
     """
+    batch = bounder.batch
     known = bounder.intervals(queries.lower, queries.upper)
     waiting = deque([Boxes(queries.lower, queries.upper, known, torch.arange(len(queries)))])
     count = len(queries)
