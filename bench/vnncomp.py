@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--known", type=Path, help="CSV of network,property,sat|unsat")
     parser.add_argument("--only", default="", help="only instances whose line matches this regular expression")
     parser.add_argument("--most", type=float, default=1e6, help="seconds for an instance, if less than listed")
-    parser.add_argument("--arithmetic", choices=["real", "float32"], default="real")
+    parser.add_argument("--arithmetic", choices=["float32", "real"], default="float32")
     options = parser.parse_args()
     harness.prepare(options)
     listed = listed_in(options.known)

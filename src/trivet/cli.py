@@ -192,7 +192,8 @@ def certify(
     arithmetic: Annotated[
         str | None,
         typer.Option(
-            metavar="real|float32", help="With --vnnlib: of which evaluation a proof speaks; real unless given."
+            metavar="float32|real",
+            help="With --vnnlib: what a proof covers; float32, which includes real, unless given.",
         ),
     ] = None,
     sigma: Annotated[

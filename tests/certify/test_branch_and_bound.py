@@ -272,6 +272,21 @@ def test_a_witness_must_convince_runtime_and_exact_arithmetic_and_lie_in_the_exa
     assert verify(identity, narrow, shape=(1,), timeout=5).answer == "unknown"
 
 
+def test_a_network_built_to_round_badly_is_not_verified_as_it_runs() -> None:
+    """After Zombori et al. (ICLR 2021): y = (x + 2^26) - 2^26 is x in real numbers and 0 in float32."""
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+    model[0].weight.data = torch.tensor([[1.0], [0.0]])
+    model[0].bias.data = torch.full((2,), 2.0**26)
+    model[2].weight.data = torch.tensor([[1.0, -1.0]])
+    model[2].bias.data.zero_()
+    prop = asserted(1, 1, "(<= Y_0 0.1)", low="0.5", high="1")
+    assert model(torch.tensor([[0.7]])).tolist() == [[0.0]]
+    assert verify(model, prop, shape=(1,), timeout=5, arithmetic="real").answer == "verified"
+    assert verify(model, prop, shape=(1,), timeout=2).answer == "unknown"
+    with pytest.raises(BadValue, match="must be asked of float32 weights"):
+        verify(copy.deepcopy(model).double(), prop, shape=(1,), timeout=2)
+
+
 def test_what_runtime_and_reals_disagree_about_stays_unknown() -> None:
     model, prop = network([2, 4, 2], 1), asserted(2, 2, "(<= Y_0 100)")
     assert verify(model, prop, shape=(2,), timeout=5).answer == "falsified"

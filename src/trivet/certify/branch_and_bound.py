@@ -72,7 +72,7 @@ def verify(
     shape: Sequence[int],
     timeout: float,
     runtime: Callable[[Tensor], Tensor] | None = None,
-    arithmetic: Arithmetic = "real",
+    arithmetic: Arithmetic = "float32",
     seed: int = 0,
 ) -> Verdict:
     """Whether `model` has a counterexample to the property.
@@ -86,8 +86,9 @@ def verify(
         shape: of one input; the property's X_i are its numbers in order.
         timeout: seconds, from the call; a batch under way is finished.
         runtime: what the network's users run, [n] float32 to [m]; the model itself if None.
-        arithmetic: what "verified" is about: "real", the network as a function of real numbers on the real box;
-            "float32", every evaluation in float32 as well, whatever the order of its sums. Bounds are a little looser.
+        arithmetic: what "verified" is about: "float32", the network as a function of real numbers on the real box and
+            every evaluation of it in float32, whatever the order of its sums; "real", the former alone, with bounds
+            that are a little tighter. A network built to round badly may differ between the two.
         seed: of the attack.
 
     Raises:
@@ -102,6 +103,10 @@ def verify(
             f"the property is about {prop.inputs} inputs and {prop.outputs} outputs, and the network has {inputs} and "
             f"{network.classes}; check that the two files belong together."
         )
+    require(
+        arithmetic == "real" or network.dtype == torch.float32,
+        f"arithmetic='float32' must be asked of float32 weights, and these are {network.dtype}.",
+    )
     finite = all(bool(value.isfinite().all()) for value in model.state_dict().values() if value.is_floating_point())
     require(finite, "the network has weights that are no finite numbers.")
     dense = DenseNetwork.of(network, arithmetic)

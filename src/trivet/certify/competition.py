@@ -26,7 +26,7 @@ def decide(
     vnnlib: str | Path,
     *,
     timeout: float = TIMEOUT,
-    arithmetic: Arithmetic = "real",
+    arithmetic: Arithmetic = "float32",
     out: str | Path | None = None,
 ) -> Verdict:
     """Whether the network in one file has the property in the other (`verify`); ONNX Runtime confirms witnesses.
