@@ -54,7 +54,8 @@ def ibp_(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Shi et al. (NeurIPS 2021): weights normal with deviation sqrt(2 pi) / fan_in, but the last layer's.
 
     A layer then hands on intervals as wide as those it gets, where the usual rules widen them layer by layer. The
-    last layer's weights and all biases are PyTorch's default.
+    last layer's weights and all biases are PyTorch's default. Made for networks with BatchNorm: without it activations
+    shrink from layer to layer.
     """
     uniform_(model, generator)
     for layer in list(_layers(model))[:-1]:
