@@ -349,9 +349,13 @@ def test_convolutions_are_written_out() -> None:
         nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
     )
     model[1].running_mean += 0.3
+    model[1].bias.data += 0.2
     model[1].running_var *= 2.0
     dense = DenseNetwork.of(Network.of(model.eval(), (1, 4, 4)), "real")
     assert sum(layer.rectified for layer in dense.layers) == 1
+    # BatchNorm's shift is a difference, and rounds like its larger terms.
+    assert bool((dense.layers[1].bias_size >= dense.layers[1].bias.abs()).all())
+    assert bool((dense.layers[1].bias_size > dense.layers[1].bias.abs()).any())
     x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(dense(x.flatten(1)), copy.deepcopy(model).double()(x))
 

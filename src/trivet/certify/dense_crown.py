@@ -15,7 +15,7 @@ network's evaluation if `arithmetic` is "float32", and in ours. Whatever a pass 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -38,13 +38,15 @@ class Dense:
     """z = h W^T + b, and the next h is z, or max(z, 0) where `rectified`.
 
     Attributes:
-        weight: [out, in] float64, exactly the network's.
+        weight: [out, in] float64, exactly the network's, but for BatchNorm's factors.
         bias: [out] float64.
+        bias_size: [out], at least the sum of the sizes of the terms of which the bias was added up, as for BatchNorm.
         operations: most roundings behind one output in the network's own evaluation.
     """
 
     weight: Tensor
     bias: Tensor
+    bias_size: Tensor
     rectified: bool
     operations: int
 
@@ -112,7 +114,7 @@ class DenseNetwork:
         for step, before, after in zip(network.steps, network.shapes[:-1], network.shapes[1:], strict=True):
             layer = step.make(Reader(torch.float64, exact=True))
             if isinstance(layer, Rectifier) and layer.leak == 0 and moved is None and dense and not dense[-1].rectified:
-                dense[-1] = Dense(dense[-1].weight, dense[-1].bias, True, dense[-1].operations)
+                dense[-1] = replace(dense[-1], rectified=True)
                 continue
             if not isinstance(layer, Affine) or before.numel() * after.numel() > MAX_WEIGHTS:
                 return None
@@ -123,14 +125,17 @@ class DenseNetwork:
             if not layer.operations and shift is None:
                 moved = weight
                 continue
+            size_of = layer.constant_size()
+            bias_size = bias.abs() if size_of is None else size_of.detach().expand(after).flatten()
             moved = None
             identity = weight.shape[0] == weight.shape[1] and bool((weight == torch.eye(len(weight))).all())
-            if not (identity and not bias.any()):  # x - 0 is exact in any arithmetic
-                dense.append(Dense(weight.contiguous(), bias, False, layer.operations))
+            if not (identity and not bias_size.any()):  # x - 0 is exact in any arithmetic
+                dense.append(Dense(weight.contiguous(), bias, bias_size, False, layer.operations))
         if moved is not None or not dense or dense[-1].rectified:
             width = size if not dense else len(dense[-1].bias)
             weight = torch.eye(width, dtype=torch.float64) if moved is None else moved
-            dense.append(Dense(weight, weight.new_zeros(len(weight)), False, 0))
+            none = weight.new_zeros(len(weight))
+            dense.append(Dense(weight, none, none, False, 0))
         return cls(tuple(dense), arithmetic)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ class DenseNetwork:
         return x
 
     def exactly(self, x: Tensor) -> list[Fraction]:
-        """The outputs for one input [n] as the network's function of real numbers, without any rounding."""
+        """The outputs for one input [n] as the layers' function of real numbers, without any rounding."""
         h, scale = _integers(x.double())
         for layer in self.layers:
             (weight, by), (bias, and_by) = _integers(layer.weight), _integers(layer.bias)
@@ -187,7 +192,7 @@ class DenseNetwork:
         coefficients, constants = rows[:, :-1], rows[:, -1]
         slope, constant, least, trail = self._backward(coefficients @ last.weight, box, lines)
         # The last layer's own errors, and those of taking the rows to it and of writing down their constants.
-        largest = sizes @ last.weight.abs().T + last.bias.abs()
+        largest = sizes @ last.weight.abs().T + last.bias_size
         error = (coefficients.abs() * (last_error + self._unit * largest)[box]).sum(1) + self._unit * constants.abs()
         shift = coefficients @ last.bias + constants - error
         constant = constant + shift
@@ -222,7 +227,7 @@ class DenseNetwork:
         """[B, out]: what rounding may do to z_k where the inputs of layer k are no larger than `sizes`."""
         layer = self.layers[k]
         network = gamma(layer.operations, Rounding.of(self.arithmetic, torch.float64).network)
-        reach = sizes @ layer.weight.abs().T + layer.bias.abs()
+        reach = sizes @ layer.weight.abs().T + layer.bias_size
         error = (network * (1 + 1e-9) + self._unit) * reach + _TINY
         if network:  # of subnormal results, and beyond the range of float32 nothing is known
             error = error + layer.operations * Rounding.of(self.arithmetic, torch.float64).least(1)
