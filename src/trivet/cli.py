@@ -218,7 +218,12 @@ def certify(
     recipe: ForRecipe = None,
     data: Data = None,
     override: Set = None,
-    out: Out = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", metavar="DIR|FILE", help="The folder to write to; with --vnnlib, the file of the result."
+        ),
+    ] = None,
     trust_code: Trust = False,
     device: Device = "cpu",
     as_json: Json = False,
