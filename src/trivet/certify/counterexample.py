@@ -13,7 +13,7 @@ from trivet.certify.queries import Queries, Search, Witness
 from trivet.certify.vnnlib import Case, Property
 from trivet.randomness import generator
 
-STARTS, STEPS = 256, 60
+STARTS, STEPS = 64, 60
 
 
 class Confirm:
