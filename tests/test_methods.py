@@ -45,7 +45,7 @@ def test_lists_of_specs_are_built_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("spec", "path", "words"),
     [
-        ({"name": "pdg"}, ("name",), "there is no 'pdg' in threats; choose one of: apgd"),
+        ({"name": "pdg"}, ("name",), "there is no 'pdg' in threats; choose one of: affine, apgd"),
         ({"name": "pgd", "stepz": 3}, ("stepz",), "has no such setting; it has: threat, steps"),
         ({"name": "pgd", "steps": "many"}, ("steps",), "integer"),
         ({"name": "pgd", "steps": 0}, ("steps",), "steps=0 must be at least 1"),

@@ -70,6 +70,8 @@ class Union(ThreatModel):
 class WorstOf(Attack):
     """Several attacks in turn, each on what still stands: how a union is attacked.
 
+    Every find is judged by the attack that made it; what it does not accept is replaced by the input.
+
     Attributes:
         attacks: each with a threat of its own, inside `threat`.
     """
@@ -81,10 +83,14 @@ class WorstOf(Attack):
         for attack in self.attacks:
             found = attack.search(model, x[open_], y[open_], generator)
             won = attack.succeeds(model, found, x[open_], y[open_])
-            best[open_], open_ = found, open_[~won]
+            best[open_[won]], open_ = found[won], open_[~won]
             if not len(open_):
                 break
         return best
+
+    def succeeds(self, model: Target, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        # `search` returns the input or what the attack that made it found to be in its set.
+        return model.misclassifies(x_adv, y)
 
 
 def over_members(threat: ThreatModel, attack: Callable[[ThreatModel], Attack], draws: int | None = None) -> Attack:
