@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -70,8 +71,6 @@ def deep_shap(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         from captum.attr import DeepLift
     except ModuleNotFoundError:
         raise TrivetError("DeepSHAP needs captum: pip install 'trivet[explain]'.") from None
-    import warnings
-
     rows = copy.deepcopy(model).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it sets hooks
