@@ -4,11 +4,11 @@
 
 `instances.csv` in the folder lists network, property and seconds. Every instance is decided on its own, reading
 included, one after the other, so that all threads work on each. Known verdicts are compared where there are some:
---known names a CSV file with lines "network,property,sat|unsat" (the last parts of their paths are compared), such as
-`bench/vnncomp_known.csv`, on which the tools of the 2022 competition agreed (all but one, which was unsound). Without
-it, of ACAS Xu, property 1 is known to hold on all 45 networks, and properties 3 and 4 on all but 1_7, 1_8 and 1_9, where
-they are violated. A verdict against a known one ends the run with status 1. Seconds depend on the machine; verdicts,
-but for timeouts, do not.
+--known names a CSV file with lines "network,property,sat|unsat" (the last parts of their paths are compared), such
+as `bench/vnncomp_known.csv`, on which the tools of the 2022 competition agreed (all but one, which was unsound).
+Without it, of ACAS Xu, property 1 is known to hold on all 45 networks, and properties 3 and 4 on all but 1_7, 1_8
+and 1_9, where they are violated. A verdict against a known one ends the run with status 1. Seconds depend on the
+machine; verdicts, but for timeouts, do not.
 """
 
 from __future__ import annotations
