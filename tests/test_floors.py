@@ -20,6 +20,7 @@ FLOORS = [
     {"training"},
     {"audit"},
     {"recipes"},
+    {"runs"},
     {"api", "estimators"},
     {"cli"},
 ]

@@ -16,7 +16,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trivet.api import Run as Run
     from trivet.api import audit_model as audit_model
     from trivet.api import certify_model as certify_model
     from trivet.api import compare_runs as compare_runs
@@ -28,9 +27,10 @@ if TYPE_CHECKING:
     from trivet.methods import methods as list_methods  # noqa: F401
     from trivet.recipes.recipe import load as load_recipe  # noqa: F401
     from trivet.recipes.recipe import shipped as list_recipes  # noqa: F401
+    from trivet.runs import Run as Run
 
 _HOMES = {
-    "Run": "trivet.api:Run",
+    "Run": "trivet.runs:Run",
     "TrivetError": "trivet.errors:TrivetError",
     "audit_model": "trivet.api:audit_model",
     "build": "trivet.methods:build",

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from trivet import display
 from trivet.audit.claims import claims_from, recheck
-from trivet.audit.findings import Findings
 from trivet.audit.leak_finding import LeakFinding
 from trivet.audit.leak_test import StageTrainer
 from trivet.audit.policy_audit import policy_claims, void_contradicted
-from trivet.audit.policy_findings import PolicyFindings
 from trivet.audit.policy_report import PolicySubject, render_policy
 from trivet.audit.report import render
 from trivet.audit.stored import Stored, in_processes
@@ -29,215 +26,21 @@ from trivet.audit.subject import Subject
 from trivet.certify.certificate_file import CertificateFile
 from trivet.certify.certifier import Certifier
 from trivet.claims import Ledger, PrivacyClaim
-from trivet.control.environment import Environment
-from trivet.data.dataset import Dataset, Splits
+from trivet.data.dataset import Splits
 from trivet.errors import TrivetError, require
-from trivet.files import load_tensors, save_tensors, sole_writer, write_text
+from trivet.files import save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
-from trivet.models.foreign.load import load_model
 from trivet.models.modes import device_of
 from trivet.privacy.accounting import account
 from trivet.privacy.budget import grouped, spendings
 from trivet.privacy.dp_sgd import customary_delta
 from trivet.privacy.mechanism import Event
-from trivet.recipes.plan import Plan, plan
-from trivet.recipes.recipe import Source, load, shipped
+from trivet.recipes.plan import plan
+from trivet.recipes.recipe import Source, load
+from trivet.runs import Run, Target, torch_device
 from trivet.training.folder import RunFolder
-from trivet.training.pipeline import load_weights, run_stages
+from trivet.training.pipeline import run_stages
 from trivet.training.private_stage import in_all, rounded_up
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder, read on demand."""
-
-    folder: RunFolder
-    source: Source
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        overrides: Sequence[str] = (),
-        data: str | None = None,
-        trust_code: bool = False,
-    ) -> Run:
-        """An existing run. Code that its recipe names by import path runs only with `trust_code`, when it is needed."""
-        folder = RunFolder.open(Path(path))
-        return cls(folder, load(folder.path, overrides, data=data, trust=trust_code))
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The recipe's methods, built."""
-        return plan(self.source)
-
-    @property
-    def name(self) -> str:
-        return self.folder.path.name
-
-    @property
-    def claims(self) -> Ledger:
-        """The ledger; empty before training has finished."""
-        return Ledger.load(self.folder.claims) if self.folder.claims.exists() else Ledger()
-
-    @property
-    def findings(self) -> Findings:
-        """What the last audit found."""
-        self._require_audit()
-        if self.is_policy:
-            raise TrivetError(f"{self.folder.path} is a policy, and cannot be set beside models that label records.")
-        return Findings.load(self.folder.audit)
-
-    @property
-    def is_policy(self) -> bool:
-        """Whether it learnt in an environment."""
-        return self.source.recipe.environment is not None
-
-    def _require_audit(self) -> None:
-        if not self.folder.audit.exists():
-            raise TrivetError(f"{self.folder.path} has not been audited; run `trivet audit {self.folder.path}`.")
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """What each finished stage recorded; empty before training has finished."""
-        weights = self.folder.weights
-        return load_tensors(weights)[1]["history"] if weights.exists() else []
-
-    def model(self, like: Dataset | Environment) -> nn.Module:
-        """The trained model in eval mode; `like` tells input shape and classes."""
-        if not self.folder.weights.exists():
-            raise TrivetError(
-                f"{self.folder.path} has no weights yet; finish it with `trivet train {self.folder.path} --resume`."
-            )
-        model = self.plan.model(like)
-        load_weights(model, load_tensors(self.folder.weights)[0], str(self.folder.weights))
-        return model.eval()
-
-    def subject(self) -> Subject:
-        """Everything a report shows of this run."""
-        examples = self.folder.examples
-        return Subject(
-            name=self.name,
-            recipe=self.source.recipe.model_dump(exclude_defaults=True),
-            run=self.folder.status,
-            log=self.folder.read_log(),
-            findings=self.findings,
-            claims=self.claims.claims,
-            examples=load_tensors(examples)[0] if examples.exists() else {},
-            history=self.history,
-        )
-
-    def policy_subject(self) -> PolicySubject:
-        """Everything a report shows of this run, if it is a policy."""
-        self._require_audit()
-        return PolicySubject(
-            PolicyFindings.load(self.folder.audit),
-            self.claims.claims,
-            self.source.recipe.model_dump(exclude_defaults=True),
-            self.folder.status,
-            self.folder.read_log(),
-        )
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an audit and a certifier look at: a model, the test data, the settings to judge it by, and where to write.
-
-    `source` says where the model came from, `again` is the command that audits it once more, and `is_run` whether it
-    came with the recipe it was trained by.
-    """
-
-    name: str
-    model: nn.Module
-    test: Dataset
-    plan: Plan
-    folder: RunFolder
-    source: str
-    again: str
-    is_run: bool
-
-    @classmethod
-    def open(
-        cls,
-        target: str | Path | nn.Module,
-        *,
-        recipe: str | Path | None,
-        data: str | None,
-        overrides: Sequence[str],
-        out: str | Path | None,
-        trust_code: bool,
-        device: str,
-    ) -> Target:
-        """A run folder, a .pt2, .onnx or .safetensors file, or a module in memory."""
-        where = _device(device)
-        in_memory = isinstance(target, nn.Module)
-        name = type(target).__name__ if in_memory else Path(str(target)).name
-        options = [("--recipe", recipe), ("--data", data), *(("--set", each) for each in overrides), ("--out", out)]
-        source = name if in_memory else str(target)
-        again = ["trivet", "audit", f"<{name}>" if in_memory else source]
-        again += [str(part) for option in options if option[1] is not None for part in option]
-        is_run = not in_memory and Path(str(target)).is_dir()
-        if is_run:
-            if recipe is not None:
-                raise TrivetError(f"{target} is a run folder and has its own recipe; leave out --recipe, use --set.")
-            run = Run.open(str(target), overrides=overrides, data=data, trust_code=trust_code)
-            settings, test = run.plan, run.plan.splits().test
-            model = run.model(test)
-            folder = run.folder if out is None else _beside(audit_folder(source, out), settings)
-        else:
-            _require_model(target, recipe)
-            settings = plan(load(recipe or "audit", overrides, data=data, trust=trust_code))
-            test = settings.splits().test
-            model = target if isinstance(target, nn.Module) else _read(Path(target), settings, test)
-            folder = _beside(audit_folder(source, out or (f"{name}.audit" if in_memory else None)), settings)
-        return cls(name, model.to(where), test, settings, folder, source, shlex.join(again), is_run)
-
-    @property
-    def seed(self) -> int:
-        return self.plan.recipe.seed
-
-
-def audit_folder(source: str, out: str | Path | None) -> Path:
-    """Where an audit of `source` writes: `out`, a run's own folder, or FILE.audit beside a model file."""
-    if out is not None:
-        return Path(out)
-    return Path(source) if Path(source).is_dir() else Path(f"{source}.audit")
-
-
-def _require_model(target: str | Path | nn.Module, recipe: str | Path | None) -> None:
-    """Refuse what is no model before any data are read."""
-    if isinstance(target, nn.Module):
-        return
-    if not Path(target).is_file():
-        mend = f"train it first: trivet train {target}" if str(target) in shipped() else "check the path"
-        raise TrivetError(f"there is no run folder or model file {target}; {mend}.")
-    if Path(target).suffix == ".safetensors" and recipe is None:
-        raise TrivetError(f"{target} holds weights only; name the recipe of its model with --recipe.")
-
-
-def _read(path: Path, settings: Plan, test: Dataset) -> nn.Module:
-    """The model in a file; weights alone are those of the recipe's model."""
-    if path.suffix != ".safetensors":
-        return load_model(path)
-    model = settings.model(test)
-    load_weights(model, load_tensors(path)[0], str(path))
-    return model.eval()
-
-
-_BESIDE = "audit only"
-
-
-def _beside(out: Path, settings: Plan) -> RunFolder:
-    """A folder for what is found about a model that is not ours: a run folder without training."""
-    if (out / "recipe.yaml").exists():
-        folder = RunFolder.open(out)
-        if folder.status["status"] != _BESIDE:
-            raise TrivetError(f"{out} is the folder of a training run; choose another --out.")
-        return folder
-    folder = RunFolder.create(out, settings.source.dump())
-    folder.record(_BESIDE, settings.recipe.seed)
-    return folder
 
 
 def train_model(
@@ -264,7 +67,7 @@ def train_model(
     Raises:
         TrivetError: anything the user can mend, before the first step where possible.
     """
-    torch_device = _device(device)
+    where = torch_device(device)
     from_folder = Path(recipe).is_dir()
     source = load(recipe, overrides, data=data, trust=trust_code)
     path = Path(recipe) if from_folder and out is None else Path(out or Path("runs") / source.recipe.name)
@@ -281,7 +84,7 @@ def train_model(
         splits = settings.splits()
         model = settings.model(splits.train)
     folder = RunFolder.open(path) if started else RunFolder.create(path, source.dump())
-    run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=torch_device)
+    run_stages(settings.stages, model, splits, folder, seed=source.recipe.seed, device=where)
     return Run(folder, source)
 
 
@@ -297,15 +100,6 @@ def _resumed(path: Path, asked: Source) -> Source:
             f"`trivet train {path} --resume`, or choose another --out."
         )
     return replace(started, trusted=asked.trusted and asked.imports() == started.imports())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise TrivetError(f"there is no device {name!r} here; use --device cpu.") from None
-    return device
 
 
 def audit_model(
@@ -377,7 +171,7 @@ def audit_policy(
     settings, folder = opened.plan, opened.folder
     if settings.environment is None or settings.policy_audit is None:
         raise TrivetError(f"{run} is no policy; `trivet audit {run}` audits it.")
-    policy = opened.model(settings.environment).to(_device(device))
+    policy = opened.model(settings.environment).to(torch_device(device))
     recorded = [each for each in opened.history if each["stage"] == "certify_policy"]
     recheck = shlex.join(["trivet", "audit", str(run), *(part for each in overrides for part in ("--set", each))])
     with sole_writer(folder.path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from trivet.display import show, show_json, show_models
 from trivet.errors import TrivetError
 
 app = typer.Typer(
@@ -70,6 +70,7 @@ def _program(
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that come with Trivet."""
+    from trivet.audit.labels import threat_name
     from trivet.recipes.recipe import load, shipped
 
     rows = [
@@ -77,14 +78,12 @@ def recipes(as_json: Json = False) -> None:
             "recipe": name,
             "about": (recipe := load(name).recipe).about,
             "data": (recipe.data or recipe.environment or {}).get("name", "--data"),
-            "threat": " ".join(
-                f"{value:.4g}" if isinstance(value, float) else str(value) for value in recipe.threat.values()
-            ),
+            "threat": threat_name(recipe.threat),
             "paper": recipe.paper,
         }
         for name in shipped()
     ]
-    _show(rows, as_json)
+    show(rows, as_json)
 
 
 @app.command()
@@ -108,7 +107,7 @@ def methods(
         }
         for each in register.methods(room)
     ]
-    _show(rows, as_json)
+    show(rows, as_json)
 
 
 @app.command()
@@ -131,7 +130,7 @@ def train(
         recipe, data=data, out=out, overrides=override or (), resume=resume, trust_code=trust_code, device=device
     )
     if as_json:
-        _print_json({"run": str(run.folder.path), "history": run.history})
+        show_json({"run": str(run.folder.path), "history": run.history})
     else:
         print(f"trained: {run.folder.path}\nnext:    trivet audit {run.folder.path}")
 
@@ -150,6 +149,7 @@ def audit(
     """Attack, certify and measure a model; write audit.json, claims.json and report.html."""
     from trivet import api
     from trivet.audit.report import comparison
+    from trivet.runs import audit_folder
 
     if api.is_policy(target):
         if recipe or data or out:
@@ -160,12 +160,12 @@ def audit(
         target, recipe=recipe, data=data, overrides=override or (), out=out, trust_code=trust_code, device=device
     )
     if as_json:
-        _print_json(subject.findings.model_dump(mode="json"))
+        show_json(subject.findings.model_dump(mode="json"))
     else:
-        _show_models(comparison([subject]))
+        show_models(comparison([subject]))
         for check in subject.findings.flags:
             print(f"{check.severity}: {check.title}: {check.meaning}")
-        print(f"report: {api.audit_folder(target, out) / 'report.html'}")
+        print(f"report: {audit_folder(target, out) / 'report.html'}")
     refuted = [leak for leak in subject.findings.leaks if leak.contradicts]
     for leak in refuted:
         print(
@@ -280,7 +280,7 @@ def certify(
     votes = None if shares is None else share_histogram(shares)
     if as_json:
         average = average_certified_radius(found.certificates, found.targets)
-        _print_json(
+        show_json(
             {
                 "norm": found.certificates.norm,
                 "points": len(found.certificates),
@@ -291,7 +291,7 @@ def certify(
             }
         )
         return
-    _show(
+    show(
         rows,
         False,
         title=f"{found.certificates.norm}, {len(found.certificates)} points: certified, in % with 95 % interval",
@@ -325,7 +325,7 @@ def _decide(onnx: str, vnnlib: str, settings: dict[str, Any], out: str | None, a
 
     verdict = decide(onnx, vnnlib, out=out, **settings)
     if as_json:
-        _print_json({**asdict(verdict), "result": result_word(verdict)})
+        show_json({**asdict(verdict), "result": result_word(verdict)})
     else:
         holds = f", for {'real' if verdict.arithmetic == 'real' else 'real and float32'} arithmetic"
         print(f"{verdict.answer}: {verdict.reason}")
@@ -348,7 +348,7 @@ def privacy(
 
     rows = api.budgets() if run is None else api.epsilon_of(run)
     if rows or as_json:
-        _show(rows, as_json)
+        show(rows, as_json)
     else:
         print("no private run has spent anything yet; `trivet recipes` lists some, such as digits-dp-sgd.")
 
@@ -360,7 +360,7 @@ def compare(runs: RunsArgument, trust_code: Trust = False, as_json: Json = False
     from trivet.audit.report import comparison
 
     rows = comparison(api.compare_runs(runs, trust_code=trust_code))
-    _show(rows, True) if as_json else _show_models(rows)
+    show(rows, True) if as_json else show_models(rows)
 
 
 @app.command()
@@ -386,9 +386,9 @@ def demo(
 
     subjects, page = api.run_demo(out)
     if as_json:
-        _print_json(comparison(subjects))
+        show_json(comparison(subjects))
         return
-    _show_models(comparison(subjects))
+    show_models(comparison(subjects))
     print(f"report: {page}")
 
 
@@ -396,45 +396,16 @@ def _show_policy(subject: Any, as_json: bool) -> None:
     """What an audit of a policy found; status 1 where numbers contradict each other."""
     found = subject.findings
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        show_json(found.model_dump(mode="json"))
     else:
         clean = found.clean
         title = f"mean return by l_2 budget of an episode; without attack {clean.mean:.4g} ({clean.episodes} episodes)"
-        _show(found.rows(), False, title=title)
+        show(found.rows(), False, title=title)
         for check in found.flags:
             print(f"{check.severity}: {check.title}: {check.meaning}")
         print(f"report: {found.source}/report.html")
     if any(check.severity == "error" for check in found.flags):
         raise typer.Exit(1)
-
-
-def _show_models(rows: Sequence[dict[str, Any]]) -> None:
-    """Models as columns while they fit beside each other: their names are longer than their numbers."""
-    if len(rows) > 4:
-        _show(rows, False)
-        return
-    measures = [key for key in rows[0] if key != "model"]
-    _show([{"": key, **{str(row["model"]): row[key] for row in rows}} for key in measures], False)
-
-
-def _show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None) -> None:
-    if as_json:
-        _print_json(rows)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
-    for column in rows[0] if rows else ():
-        number = any(isinstance(row[column], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -1,11 +1,12 @@
-"""What people see while they wait: progress with rate and time left on a terminal, silence elsewhere."""
+"""What people see: progress with rate and time left while they wait, on a terminal; tables, or JSON for machines."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Advance(Protocol):
@@ -53,3 +54,34 @@ def progress(task: str, total: float) -> Iterator[Advance]:
 
 def _silent(amount: float = 1, /, note: str = "") -> None:
     pass
+
+
+def show_models(rows: Sequence[dict[str, Any]]) -> None:
+    """Models as columns while they fit beside each other: their names are longer than their numbers."""
+    if len(rows) > 4:
+        show(rows, False)
+        return
+    measures = [key for key in rows[0] if key != "model"]
+    show([{"": key, **{str(row["model"]): row[key] for row in rows}} for key in measures], False)
+
+
+def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None) -> None:
+    """Rows with the same columns as a table for people, or as JSON for machines."""
+    if as_json:
+        show_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
+    for column in rows[0] if rows else ():
+        number = any(isinstance(row[column], (int, float)) for row in rows)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def show_json(value: Any) -> None:
+    """`value` as JSON on standard output; NaN and infinity are errors."""
+    print(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))

@@ -27,6 +27,7 @@ from trivet.methods import build, spec_of
 from trivet.models.mlp import mlp
 from trivet.recipes.plan import plan
 from trivet.recipes.recipe import load
+from trivet.runs import Run
 from trivet.threats.l2 import L2
 from trivet.threats.linf import Linf
 
@@ -83,7 +84,7 @@ def test_a_run_has_claims_of_what_is_certified_attacked_and_clean(run: Path) -> 
 
 def test_what_was_audited_is_the_smoothed_agent(run: Path) -> None:
     """The clean mean, played again with the weights on disk and their noise."""
-    opened = api.Run.open(run)
+    opened = Run.open(run)
     environment = opened.plan.environment
     assert environment is not None
     model = opened.model(environment)
@@ -220,7 +221,7 @@ def test_a_contradicted_certificate_is_voided_and_turns_the_command_red(
 
 
 def test_a_certificate_of_other_weights_is_no_certificate(run: Path) -> None:
-    opened = api.Run.open(run)
+    opened = Run.open(run)
     environment, audit = opened.plan.environment, opened.plan.policy_audit
     assert environment is not None
     assert audit is not None

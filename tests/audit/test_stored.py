@@ -24,6 +24,7 @@ from trivet.certify.smoothing import Smoothing
 from trivet.data.dataset import Dataset
 from trivet.errors import BadValue, TrivetError
 from trivet.randomness import generator
+from trivet.runs import Run
 
 FIXED = Smoothing(0.3, n0=20, n=300)
 ADAPTIVE = AdaptiveSmoothing(0.3, n0=20, n=2_000, radii=(0.0, 0.3, 0.6), batch_size=100)
@@ -238,7 +239,7 @@ def test_two_processes_write_the_file_that_one_writes(run: Path) -> None:
 def test_a_run_of_two_processes_goes_on_as_one_with_what_was_left_behind(run: Path) -> None:
     whole = trivet.certify_model(run, points=12).certificates
     (run / "certificates.json").unlink()
-    certifier = api.Run.open(run).plan.audit.certificate
+    certifier = Run.open(run).plan.audit.certificate
     assert certifier is not None
     partial(api._certify_shard, run, WHERE, certifier, 12, 2)(1, quiet)  # the other worker never came to anything
     assert (run / "certificates.shard-1.json").exists()
@@ -249,7 +250,7 @@ WHERE = {"recipe": None, "data": None, "overrides": (), "out": None, "trust_code
 
 
 def test_a_module_in_memory_cannot_be_opened_twice_and_no_processes_are_too_few(run: Path, tmp_path: Path) -> None:
-    opened = api.Run.open(run)
+    opened = Run.open(run)
     net = opened.model(opened.plan.splits().test)
     with pytest.raises(BadValue, match="processes=2 open the model from a file each"):
         trivet.certify_model(net, recipe=run.parent / "tiny.yaml", out=tmp_path / "out", processes=2)
