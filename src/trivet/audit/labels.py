@@ -38,11 +38,12 @@ def distinct(labels: Sequence[str]) -> list[str]:
 def threat_name(threat: Mapping[str, Any]) -> str:
     """E.g. "linf 8/255", "linf 0.1 or l1 2": a threat model's spec in a few words."""
     name = str(threat.get("name", "threat"))
+    scale = threat.get("eps", 1.0)  # of the two that have no radius
     if "threats" in threat:
-        scale = "" if threat.get("eps", 1.0) == 1 else f", {threat['eps']:.4g} times as large"
-        return " or ".join(threat_name(each) for each in threat["threats"]) + scale
-    if "angle" in threat:
-        return f"{name} {threat['eps'] * threat['shift']:.3g} px {threat['eps'] * threat['angle']:.3g}°"
+        said = " or ".join(threat_name(each) for each in threat["threats"])
+        return said if scale == 1 else f"{said}, {scale:.4g} times as large"
+    if "shift" in threat and "angle" in threat:
+        return f"{name} {scale * threat['shift']:.3g} px {scale * threat['angle']:.3g}°"
     return f"{name} {in_pixels(threat['eps'])}" if "eps" in threat else name
 
 
