@@ -103,3 +103,16 @@ def test_a_network_without_filters_is_trained_alike_and_measured_not_at_all(mlp,
 def test_negative_steps_are_refused() -> None:
     with pytest.raises(BadValue, match="steps=-1 must not be negative"):
         FeatureLearning(PatchL2(0.1), steps=-1)
+
+
+def test_from_the_record_sleeping_filters_show_no_way_and_a_random_start_goes_away_from_it() -> None:
+    """Filters that every patch meets at a negative angle have no gradient at the record itself."""
+    net, batch = network(0), whole(0)
+    with torch.no_grad():
+        net.get_submodule("filters").weight.copy_(torch.cat(features(3, 40)).sum(0).expand(36, 40).neg() * 0.1)
+    threat = PatchL2(1.0 * UNIT)
+    still = FeatureLearning(threat, steps=1).perturb(net, batch, START)
+    moved = FeatureLearning(threat, steps=1, step_size=0.0, random_start=True).perturb(net, batch, START)
+    assert torch.equal(still, batch.inputs)
+    assert threat.contains(moved, batch.inputs).all()
+    assert ((moved - batch.inputs).norm(dim=-1) > 0.99 * UNIT).all()

@@ -34,8 +34,10 @@ class StableIG(Objective):
     ascent steps on || IG ||_1, and keeps the best point seen. Attributions are those of the network in eval mode,
     the clean loss is that of its training mode. A step costs about 2 (steps + 2) points passes forward and backward.
 
-    What it buys is sparser attributions; plain adversarial training, which is cheaper, makes them sparse as well.
-    The paper trains with it on one layer only, and steps, points and the start are ours.
+    What it buys is sparser attributions; plain adversarial training, which is cheaper, makes them sparse as well. A
+    perceptron (64, 64) on the digits, eps 0.1, 30 epochs, means of 2 seeds: Gini index of attributions 0.745 after
+    plain training, 0.779 after PGD-AT, 0.784 after this, at 97.5, 98.6 and 98.0 % accuracy, and 40, 83 and 82 % left by
+    PGD-20. The paper's theorem is about one layer; its use on deep networks, steps, points and start are ours.
 
     Attributes:
         weight: of the norm; the paper's is 1, and 0 is plain training.
