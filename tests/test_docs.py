@@ -20,7 +20,7 @@ import typer
 import yaml
 
 import trivet
-from trivet import api, cli
+from trivet import api, cli, runs
 from trivet.audit import findings
 from trivet.methods import ROOMS, find, methods
 from trivet.recipes.plan import plan
@@ -40,6 +40,15 @@ QUICK = (
     "audit.points=8",
     "audit.certificate_points=4",
     "audit.latency=[1]",
+)
+
+
+QUICK_POLICY = (
+    "dqn.steps=2000",
+    "dqn.evaluation=2",
+    "certify_policy.episodes=20",
+    "audit.attacks=[{name: steady_push, steps: 2}]",
+    "audit.episodes=4",
 )
 
 
@@ -112,6 +121,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     def loaded(*arguments: Any, **named: Any) -> Source:
         source = load(*arguments, **named)
         limits = QUICK if (source.recipe.data or {}).get("name") == "digits" else QUICK[2:]
+        if source.recipe.environment:
+            limits = QUICK_POLICY
         if "leaks" in source.recipe.audit:
             limits = (*limits, "audit.leaks=[{name: one_run, canaries: 20}]")
         if not source.recipe.stages:
@@ -121,6 +132,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         return load(arguments[0], overrides, **given)
 
     monkeypatch.setattr(api, "load", loaded)
+    monkeypatch.setattr(runs, "load", loaded)
     monkeypatch.chdir(tmp_path)
     path, modules = list(sys.path), set(sys.modules)
     yield

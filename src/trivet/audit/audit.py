@@ -272,7 +272,7 @@ class Audit:
             return None, pictures
         batch = sweep.data.batch(torch.arange(min(self.explanations, len(sweep.data)))).to(sweep.device)
         found = explanations.explain(sweep.model, batch, self.threat, seed=sweep.seed, batch_size=self.batch_size)
-        for name in ("clean", "adversarial") if len(pictures["index"]) else ():
+        for name in ("clean", "adversarial") if found and len(pictures["index"]) else ():
             inputs, labels = (pictures[key].to(sweep.device) for key in (name, "label"))
             pictures[f"{name}_attribution"] = explain_class(sweep.model, inputs, labels).cpu()
         return found, pictures

@@ -29,13 +29,18 @@ _PARTS = 25
 
 def explain(
     model: nn.Module, batch: Batch, threat: ThreatModel, *, seed: int, batch_size: int, steps: int = STEPS
-) -> ExplanationFinding:
-    """Measure the explanations of a differentiable `model` with fixed answers at all records of `batch`."""
+) -> ExplanationFinding | None:
+    """Measure the explanations of a differentiable `model` with fixed answers at all records of `batch`.
+
+    None where logits or gradients are not finite, so that there is nothing to explain.
+    """
     began = time.perf_counter()
     x = batch.inputs
     near = threat.random_start(x, generator(seed, "explanations", device=x.device))
     here, there = (_attributions(model, points, batch.labels, batch_size, steps) for points in (x, near))
     change = _logits(model, x, batch.labels, batch_size) - _logits(model, torch.zeros_like(x), batch.labels, batch_size)
+    if not all(bool(each.isfinite().all()) for each in (here, there, change)):
+        return None
     missing = (here.flatten(1).double().sum(1) - change).abs() / change.abs().clamp(min=1e-12)
     return ExplanationFinding(
         steps=steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -89,17 +90,18 @@ def thresholding(model: Logits, x: Tensor, y: Tensor) -> tuple[float, float] | N
     """How little the model would notice if its inputs were black and white, and how much of its gradient is zero.
 
     The least relative change of the logits, ||z(1[x > t]) - z(x)|| / ||z(x)|| over the batch, for t = 0.3, 0.5 and
-    0.7; and the share of entries of the margin's input gradient that are exactly zero. None where the inputs are
-    black and white themselves, so that nothing can be seen.
+    0.7; and the share of entries of the margin's input gradient that are exactly zero. None where nothing can be seen:
+    the inputs are black and white themselves, or logits are not finite.
     """
     least = torch.inf
     with torch.no_grad():
         logits = model(x)
         for level in (0.3, 0.5, 0.7):
             stark = (x > level).to(x.dtype)
-            if float((stark - x).abs().mean()) < 0.01:
+            change = float((model(stark) - logits).norm() / logits.norm().clamp_min(1e-12))
+            if float((stark - x).abs().mean()) < 0.01 or not math.isfinite(change):
                 return None
-            least = min(least, float((model(stark) - logits).norm() / logits.norm().clamp_min(1e-12)))
+            least = min(least, change)
     gradient, _, _ = input_gradient(model, x, partial(_on, margin, y))
     return least, float((gradient == 0).double().mean())
 
