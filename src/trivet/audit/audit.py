@@ -35,6 +35,7 @@ from trivet.audit.findings import (
 )
 from trivet.audit.leak_test import LeakTest
 from trivet.audit.masking import Behaviour
+from trivet.audit.perturbation_types import Types
 from trivet.audit.probes import Probes
 from trivet.audit.sweep import P, Sweep
 from trivet.certify.certifier import Certificates, Certifier
@@ -146,13 +147,15 @@ class Audit:
         first = first.to(device_of(model))
         seen = _behaviour(model, first, data.num_classes)
         checks = masking.of_behaviour(seen) + consistency.of_model(model, first, seen.randomised)
-        attacks = self._attack(sweep, seen)
-        curve, found = self._probe(sweep, first, seen, attacks)
+        battery = self.battery(seen)
+        labels = perturbation_types.labels(self.threat, battery)
+        attacks = [sweep.attack(*pair) for pair in zip(battery, labels, strict=True)]
+        types = perturbation_types.by_type(self.threat, battery, sweep)
+        curve, found = self._probe(sweep, first, seen, attacks, types)
         checks += found + consistency.of_attacks(sweep.right, sweep.standing, seen.randomised)
         proved, diagnosed, found = self._certify(sweep, seen)
         explained, pictures = self._explain(sweep, seen)
         worst = sweep.worst
-        types = perturbation_types.by_type(self.threat, self.battery(seen), sweep).standing
         return Findings(
             name=name,
             source=source,
@@ -169,7 +172,7 @@ class Audit:
             attacks=tuple(attacks),
             worst_case=None if worst is None else sweep.rate(worst),
             worst_by_class=() if worst is None else sweep.by_class(worst),
-            worst_by_type={name: sweep.rate(left) for name, left in types.items()},
+            worst_by_type={name: sweep.rate(left) for name, left in types.standing.items()},
             curve=curve,
             certificate=proved,
             diagnosis=diagnosed,
@@ -190,16 +193,10 @@ class Audit:
             latency=tuple(LatencyFinding(**vars(each)) for each in timed),
         )
 
-    def _attack(self, sweep: Sweep, seen: Behaviour) -> list[AttackFinding]:
-        battery = self.battery(seen)
-        labels = perturbation_types.labels(self.threat, battery)
-        return [sweep.attack(*pair) for pair in zip(battery, labels, strict=True)]
-
     def _probe(
-        self, sweep: Sweep, first: Batch, seen: Behaviour, attacks: list[AttackFinding]
+        self, sweep: Sweep, first: Batch, seen: Behaviour, attacks: list[AttackFinding], types: Types
     ) -> tuple[Curve | None, list[Check]]:
         """The reliability curve and the checks that compare attacks; neither without a gradient."""
-        types = perturbation_types.by_type(self.threat, self.battery(seen), sweep)
         found = masking.of_types(types.white_box, types.standing)
         composed = [attack.broke for attack in attacks if attack.broke]
         if len(self.threat.members) == 1:

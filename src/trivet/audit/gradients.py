@@ -98,8 +98,10 @@ def thresholding(model: Logits, x: Tensor, y: Tensor) -> tuple[float, float] | N
         logits = model(x)
         for level in (0.3, 0.5, 0.7):
             stark = (x > level).to(x.dtype)
+            if float((stark - x).abs().mean()) < 0.01:
+                return None
             change = float((model(stark) - logits).norm() / logits.norm().clamp_min(1e-12))
-            if float((stark - x).abs().mean()) < 0.01 or not math.isfinite(change):
+            if not math.isfinite(change):
                 return None
             least = min(least, change)
     gradient, _, _ = input_gradient(model, x, partial(_on, margin, y))

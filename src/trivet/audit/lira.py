@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trivet.audit import membership
 from trivet.audit.leak_finding import LeakFinding
 from trivet.audit.leak_test import LeakTest, Trainer, logits
-from trivet.audit.membership import Shadows, train_shadows
+from trivet.audit.membership import Shadows, finding, train_shadows
 from trivet.claims import PrivacyClaim
 from trivet.data.dataset import Splits
 from trivet.errors import require
@@ -72,21 +71,15 @@ class Lira(LeakTest):
             trainer, pool, self.shadows, seed, lambda model: logit_gap(logits(model, pool), pool.labels), "LiRA"
         )
         scores = self.scores(found)
-        others = int((~found.member).sum())
-        return LeakFinding(
+        return finding(
+            scores,
+            found,
             label=f"LiRA ({self.mode})",
             spec=spec_of(self),
-            access="black box",
-            trained=self.shadows + 1,
-            seconds=time.perf_counter() - began,
             confidence=self.confidence,
-            low_fpr=membership.low_fpr(scores, found.member, self.confidence, seed),
-            roc=membership.roc(scores, found.member),
-            members=int(found.member.sum()),
-            others=others,
-            delta=None if claimed is None else claimed.delta,
-            claimed=None if claimed is None else claimed.value,
-            notes=membership.notes(others),
+            seed=seed,
+            seconds=time.perf_counter() - began,
+            claimed=claimed,
         )
 
     def scores(self, shadows: Shadows) -> Tensor:

@@ -6,15 +6,17 @@ on half of the records, and is no bound on epsilon: records attacked together in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trivet import display
-from trivet.audit.leak_finding import LowFprPoint, RocPoint
+from trivet.audit.leak_finding import LeakFinding, LowFprPoint, RocPoint
 from trivet.audit.leak_test import Trainer
+from trivet.claims import PrivacyClaim
 from trivet.data.dataset import Dataset
 from trivet.errors import require
 from trivet.randomness import generator
@@ -71,6 +73,36 @@ def train_shadows(trainer: Trainer, data: Dataset, shadows: int, seed: int, sign
             rows.append(signal(model))
             advance(1)
     return Shadows(inside, torch.stack(rows[1:]), member, rows[0])
+
+
+def finding(
+    scores: Tensor,
+    found: Shadows,
+    *,
+    label: str,
+    spec: Mapping[str, Any],
+    confidence: float,
+    seed: int,
+    seconds: float,
+    claimed: PrivacyClaim | None,
+) -> LeakFinding:
+    """What an attack by `scores` [N], larger for members, found with these shadow models."""
+    others = int((~found.member).sum())
+    return LeakFinding(
+        label=label,
+        spec=dict(spec),
+        access="black box",
+        trained=len(found.inside) + 1,
+        seconds=seconds,
+        confidence=confidence,
+        low_fpr=low_fpr(scores, found.member, confidence, seed),
+        roc=roc(scores, found.member),
+        members=int(found.member.sum()),
+        others=others,
+        delta=None if claimed is None else claimed.delta,
+        claimed=None if claimed is None else claimed.value,
+        notes=notes(others),
+    )
 
 
 def low_fpr(scores: Tensor, member: Tensor, confidence: float, seed: int) -> tuple[LowFprPoint, ...]:

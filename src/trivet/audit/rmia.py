@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trivet.audit import membership
 from trivet.audit.leak_finding import LeakFinding
 from trivet.audit.leak_test import LeakTest, Trainer, losses
-from trivet.audit.membership import train_shadows
+from trivet.audit.membership import finding, train_shadows
 from trivet.claims import PrivacyClaim
 from trivet.data.dataset import Splits
 from trivet.errors import require
@@ -86,21 +85,15 @@ class Rmia(LeakTest):
         )
         n = len(pool)
         scores = self.scores(found.target[:n], found.signal[:, :n], found.inside, found.target[n:], found.signal[:, n:])
-        others = int((~found.member).sum())
-        return LeakFinding(
+        return finding(
+            scores,
+            found,
             label=f"RMIA ({self.mode})",
             spec=spec_of(self),
-            access="black box",
-            trained=self.shadows + 1,
-            seconds=time.perf_counter() - began,
             confidence=self.confidence,
-            low_fpr=membership.low_fpr(scores, found.member, self.confidence, seed),
-            roc=membership.roc(scores, found.member),
-            members=int(found.member.sum()),
-            others=others,
-            delta=None if claimed is None else claimed.delta,
-            claimed=None if claimed is None else claimed.value,
-            notes=membership.notes(others),
+            seed=seed,
+            seconds=time.perf_counter() - began,
+            claimed=claimed,
         )
 
     def scores(self, x: Tensor, x_shadow: Tensor, inside: Tensor, z: Tensor, z_shadow: Tensor) -> Tensor:
