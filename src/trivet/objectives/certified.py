@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from weakref import ref
 
 import torch
@@ -56,9 +56,6 @@ class GrowingRadius(Objective):
         kappa_end: the share of the clean loss at the full radius.
     """
 
-    # Bounds use weights outside of the layers' own passes, where clipping a record's gradient would not see them.
-    record_isolated: ClassVar[bool] = False
-
     threat: ThreatModel
     train_eps: float | None = None
     ramp: tuple[float, float] = (0.0, 2 / 7)
@@ -96,6 +93,12 @@ class GrowingRadius(Objective):
         """The share of the clean loss."""
         return 1 - (1 - self.kappa_end) * self.grown(progress)
 
+    def perturb(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
+        if self.grown(progress) > 0:
+            with torch.autocast(batch.inputs.device.type, enabled=False):
+                network_of(model, batch.inputs.shape[1:])  # read here: under vmap, where `losses` may be, it cannot be
+        return super().perturb(model, batch, progress)
+
     def judge(self, model: nn.Module, held: Dataset, progress: Progress) -> Mapping[str, float]:
         """Which share of the held-out records interval bounds certify at the radius of `threat`, rounding aside."""
         device, certified = device_of(model), 0
@@ -114,11 +117,18 @@ class CertifiedTraining(GrowingRadius):
     BatchNorm in training mode normalises by the clean batch; attack and bounds of the step see it frozen there.
     Bounds are computed in the type of the weights without error terms, also when the clean pass runs in bfloat16.
 
+    Without W every record has a loss of its own, which may be trained privately. Bounds read weights outside of the
+    layers' own passes, so clipping takes the engine that holds each record's gradient, `materialised`; `auto` does.
+
     Attributes:
         regularizer: weight of W, which falls to 0 as the radius grows; 0.5 in Shi et al.
     """
 
     regularizer: float = 0.0
+
+    @property
+    def record_isolated(self) -> bool:  # type: ignore[override]
+        return self.regularizer == 0  # W is one number, of means over all records
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,9 +45,9 @@ class AttackedTraining(CertifiedTraining):
         return self.grown(progress) * self.eps_max
 
     def perturb(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
-        radius = self.attack_radius(progress)
+        inputs, radius = super().perturb(model, batch, progress), self.attack_radius(progress)
         if radius == 0:
-            return batch.inputs
+            return inputs
         box, draw = clipped_box(batch.inputs, radius), progress.generator("start", batch.inputs.device)
         frozen = held_at(model, batch.inputs, update=False) if training_norms(model) else evaluating(model)
         with torch.no_grad(), frozen:

@@ -102,7 +102,8 @@ class SingleProp(GrowingRadius):
         """The clean loss and that of the worst of the logits z - v and z + v, [B] each."""
         with torch.autocast(batch.inputs.device.type, enabled=False):
             z, v = propagate(network, batch.inputs, eps, self.variant)
-            signs = torch.ones_like(z).scatter_(1, batch.labels[:, None], -1.0)
+            own = torch.arange(z.shape[1], device=z.device) == batch.labels[:, None]
+            signs = torch.ones_like(z).masked_fill(own, -1.0)
             return cross_entropy(z, batch.labels), cross_entropy(z + signs * v, batch.labels)
 
     def judge(self, model: nn.Module, held: Dataset, progress: Progress) -> Mapping[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class Taps(AttackedTraining):
         latent_steps: of PGD in the latent box; each class and record takes one pass through H for every step.
         lam: of the small box; 1 is TAPS.
     """
+
+    # Of single records, too, but the attack inside of `losses` differentiates for a whole batch, not record by record.
+    record_isolated: ClassVar[bool] = False
 
     kappa_end: float = 0.0
     activations: int = 1
