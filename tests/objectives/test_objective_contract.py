@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "consistency": {"sigma": 0.25},
     "cat_rs": {"sigma": 0.25, "samples": 2, "steps": 2},
     "dp_cert": {"sigma": 0.25},
+    "mistake_severity": {"hierarchy": {"name": "hierarchy", "classes": list("abcd"), "tree": [["a", "b"], "c", "d"]}},
     "augmentation_multiplicity": {
         "augment": [{"name": "random_crop", "padding": 1}],
         "objective": {"name": "trades", "steps": 2},
@@ -33,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = [found.name for found in methods("objectives")]
-INSIDE_THREAT = ["alp", "awp", "fast_at", "free_at", "mart", "pgd_at", "trades"]
+INSIDE_THREAT = ["alp", "awp", "fast_at", "free_at", "mart", "mistake_severity", "pgd_at", "trades"]
 
 
 def made(name: str, **settings: Any) -> Objective:

@@ -19,6 +19,7 @@ from trivet.audit import (
     masking,
     perturbation_types,
     probes,
+    severity,
 )
 from trivet.audit.explanation_finding import ExplanationFinding
 from trivet.audit.findings import (
@@ -37,10 +38,12 @@ from trivet.audit.leak_test import LeakTest
 from trivet.audit.masking import Behaviour
 from trivet.audit.perturbation_types import Types
 from trivet.audit.probes import Probes
+from trivet.audit.severity_finding import SeverityFinding
 from trivet.audit.sweep import P, Sweep
 from trivet.certify.certifier import Certificates, Certifier
 from trivet.compression.cost import cost_of, measure_latency
 from trivet.data.dataset import Batch, Dataset
+from trivet.data.hierarchy import Hierarchy
 from trivet.errors import require
 from trivet.methods import method, spec_of
 from trivet.models.attribution import explain_class
@@ -48,6 +51,7 @@ from trivet.models.fingerprint import fingerprint
 from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
+from trivet.threats.hierarchy_pgd import HierarchyPGD
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
 
@@ -76,6 +80,8 @@ class Audit:
         diagnosis: at how many of the certified records slope, curvature and Lipschitz constant are set against the
             radii; 0 for none. Costs far less than the certificates.
         explanations: at how many records attributions are measured, how sparse they are and how stable; 0 for none.
+        hierarchy: a tree of the data's classes, in the order of the labels. With it the audit says how severe mistakes
+            are, and adds an attack that looks for severe ones; models that are randomised are left out of the former.
         leaks: attacks on the training records' privacy, for runs whose training can be repeated. `run` leaves them
             to its caller, who has the training: they make models of their own.
         latency: batch sizes to time.
@@ -95,6 +101,7 @@ class Audit:
     certified_radii: tuple[float, ...] = ()
     diagnosis: int = 100
     explanations: int = 100
+    hierarchy: Hierarchy | None = None
     leaks: tuple[LeakTest, ...] = ()
     latency: tuple[int, ...] = (1, 128)
     confidence: float = 0.95
@@ -120,7 +127,8 @@ class Audit:
 
     def battery(self, seen: Behaviour) -> tuple[Attack, ...]:
         """The attacks to run: those asked for, else the standard ones, and Square where gradients lead nowhere."""
-        return perturbation_types.battery(self.threat, self.attacks, seen, EOT_SAMPLES)
+        asked = perturbation_types.battery(self.threat, self.attacks, seen, EOT_SAMPLES)
+        return asked + severity.attacks(self.threat, self.hierarchy, seen, EOT_SAMPLES)
 
     def run(
         self, model: nn.Module, data: Dataset, *, seed: int, name: str, source: str
@@ -138,6 +146,10 @@ class Audit:
         require(len(data) > 0, f"dataset {data.name!r} has no records to audit.")
         data = data.select(slice(0, self.points))
         _require_logits(model, data)
+        require(
+            self.hierarchy is None or self.hierarchy.classes == data.classes,
+            f"hierarchy=… must name the classes of {data.name!r} in the order of the labels: {_first(data.classes)}.",
+        )
         cost = self._cost(model, data.input_shape)
         norm = self.threat.norm if self.certificate is None else getattr(self.certificate, "norm", self.threat.norm)
         sweep = Sweep(
@@ -155,6 +167,7 @@ class Audit:
         checks += found + consistency.of_attacks(sweep.right, sweep.standing, seen.randomised)
         proved, diagnosed, found = self._certify(sweep, seen)
         explained, pictures = self._explain(sweep, seen)
+        severe = None if seen.randomised else self._severity(sweep, dict(zip(labels, battery, strict=True)))
         worst = sweep.worst
         return Findings(
             name=name,
@@ -177,6 +190,7 @@ class Audit:
             certificate=proved,
             diagnosis=diagnosed,
             explanations=explained,
+            severity=severe,
             checks=tuple(checks + found),
             cost=cost,
         ), pictures
@@ -274,8 +288,26 @@ class Audit:
             pictures[f"{name}_attribution"] = explain_class(sweep.model, inputs, labels).cpu()
         return found, pictures
 
+    def _severity(self, sweep: Sweep, battery: dict[str, Attack]) -> SeverityFinding | None:
+        if self.hierarchy is None:
+            return None
+        return severity.find(
+            self.hierarchy,
+            sweep.model,
+            sweep.data,
+            sweep.predicted,
+            sweep.answers,
+            [label for label in sweep.answers if isinstance(battery[label], HierarchyPGD)],
+            confidence=self.confidence,
+            batch_size=self.batch_size,
+        )
+
     def _radii(self, obtained: Certificates) -> tuple[float, ...]:
         return (self.threat.eps,) if obtained.norm == self.threat.norm else (0.25, 0.5, 1.0)
+
+
+def _first(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
 
 
 @torch.no_grad()

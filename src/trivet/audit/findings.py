@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trivet.audit.counted import Counted
 from trivet.audit.explanation_finding import ExplanationFinding
 from trivet.audit.leak_finding import LeakFinding
+from trivet.audit.severity_finding import SeverityFinding
 from trivet.errors import TrivetError
 from trivet.files import read_json, write_json
 
@@ -205,6 +206,7 @@ class Findings(_Record):
     certificate: CertificateFinding | None
     diagnosis: DiagnosisFinding | None = None
     explanations: ExplanationFinding | None = None
+    severity: SeverityFinding | None = None
     leaks: tuple[LeakFinding, ...] = ()
     checks: tuple[Check, ...]
     cost: CostFinding

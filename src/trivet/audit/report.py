@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from trivet.audit import evidence, explanations, privacy_evidence, record, verdict
+from trivet.audit import evidence, explanations, privacy_evidence, record, severity_section, verdict
 from trivet.audit.html import Content, Html, tag, text
 from trivet.audit.subject import Subject
 from trivet.audit.table import comparison
@@ -31,6 +31,7 @@ def render(subjects: Sequence[Subject]) -> str:
         evidence.curves(subjects),
         evidence.diagnosis(subjects),
         explanations.section_of(subjects),
+        severity_section.section_of(subjects),
         evidence.classes(subjects),
         evidence.examples(subjects),
         evidence.checks(subjects),

@@ -35,6 +35,8 @@ class Sweep:
         predicted: [N] int64, the model's labels without attack.
         standing: by attack, [N] bool: still classified correctly. Attacks that look beyond the threat are left out.
         white_box: the same after those of its parts that follow gradients; attacks that follow none are left out.
+        answers: by attack, [N] int64: the model's labels for what the attack found, or `predicted` where it found
+            nothing; -1 where logits are no numbers. Attacks that look beyond the threat are left out.
         distance: [N] float64, how near the nearest adversarial point found lies; 0 where wrong without attack.
         fallen: adversarial points kept for pictures, by position.
     """
@@ -49,16 +51,13 @@ class Sweep:
     predicted: Tensor = field(init=False)
     standing: dict[str, Tensor] = field(default_factory=dict)
     white_box: dict[str, Tensor] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
     distance: Tensor = field(init=False)
     fallen: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.device = device_of(self.model)
-        with torch.no_grad(), evaluating(self.model):
-            batches = self.data.batches(self.batch_size)
-            logits = torch.cat([self.model(batch.inputs.to(self.device)).cpu() for batch in batches])
-        finite = logits.isfinite().all(1)
-        self.predicted = logits.argmax(1).where(finite, -1)
+        self.predicted = torch.cat([self._answers(batch.inputs) for batch in self.data.batches(self.batch_size)])
         self.distance = torch.where(self.right, torch.inf, 0.0).double()
 
     @property
@@ -112,7 +111,7 @@ class Sweep:
                 found = attack.run(self.model, here.inputs, here.labels, generator=source, batch_size=self.batch_size)
                 left[batch.index] = ~found.broken.cpu()
                 if not attack.outside:
-                    self._remember(batch, found.x_adv.cpu(), found.broken.cpu())
+                    self._remember(label, batch, found.x_adv.cpu(), found.broken.cpu())
                 done = int(batch.index[-1]) + 1
                 advance(len(batch), note=f"{100 * float(left[:done].float().mean()):.1f} % left")
         if not (attack.gradient_free or attack.outside):
@@ -129,14 +128,26 @@ class Sweep:
                 self.model, here.inputs, here.labels, generator=source, batch_size=self.batch_size
             )
             by[batch.index] = found.by.cpu()
-            self._remember(batch, found.x_adv.cpu(), found.broken.cpu())
+            self._remember(label, batch, found.x_adv.cpu(), found.broken.cpu())
         square = names.index("square") + 1 if "square" in names else len(names) + 1
         self.white_box[label] = (by == -1) | (by == square)
         return by == -1, {name: int((by == part).sum()) for part, name in enumerate(names, 1)}
 
-    def _remember(self, batch: Batch, x_adv: Tensor, broken: Tensor) -> None:
-        """Keep distances, and pictures of the first points that fell."""
+    @torch.no_grad()
+    def _answers(self, inputs: Tensor) -> Tensor:
+        """[B] int64: the model's labels, -1 where its logits are no numbers."""
+        said = [torch.empty(0, dtype=torch.int64)]
+        with evaluating(self.model):
+            for part in inputs.split(self.batch_size) if len(inputs) else ():
+                logits = self.model(part.to(self.device)).cpu()
+                said.append(logits.argmax(1).where(logits.isfinite().all(1), -1))
+        return torch.cat(said)
+
+    def _remember(self, label: str, batch: Batch, x_adv: Tensor, broken: Tensor) -> None:
+        """Keep answers, distances, and pictures of the first points that fell."""
         new = broken & self.right[batch.index]
+        said = self.answers.setdefault(label, self.predicted.clone())
+        said[batch.index[new]] = self._answers(x_adv[new])
         apart = torch.linalg.vector_norm((x_adv.double() - batch.inputs.double()).flatten(1), ord=P[self.norm], dim=1)
         index = batch.index[new]
         self.distance[index] = torch.minimum(self.distance[index], apart[new])

@@ -48,7 +48,11 @@ def ranked_classes(model: Target, x: Tensor, y: Tensor, count: int) -> Tensor:
 
 def try_classes(model: Target, x: Tensor, y: Tensor, count: int, climb: Climb) -> Tensor:
     """The best point [B, ...] that `climb` finds for each input among the `count` most likely wrong classes."""
-    aims = ranked_classes(model, x, y, count)
+    return try_aims(model, x, y, ranked_classes(model, x, y, count), climb)
+
+
+def try_aims(model: Target, x: Tensor, y: Tensor, aims: Tensor, climb: Climb) -> Tensor:
+    """The best point [B, ...] that `climb` finds for each input among its classes `aims` [B, T], the first first."""
     best, score = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
     queue = torch.arange(aims.numel(), device=x.device)  # rank by rank, each rank a pass over all points
     while len(queue):
