@@ -25,7 +25,7 @@ from trivet.models.foreign.load import load_model
 from trivet.recipes.plan import Plan, plan
 from trivet.recipes.recipe import Source, load, shipped
 from trivet.training.folder import RunFolder
-from trivet.training.pipeline import load_weights
+from trivet.training.pipeline import load_into
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Run:
                 f"{self.folder.path} has no weights yet; finish it with `trivet train {self.folder.path} --resume`."
             )
         model = self.plan.model(like)
-        load_weights(model, load_tensors(self.folder.weights)[0], str(self.folder.weights))
+        load_into(model, self.folder.weights)
         return model.eval()
 
     def subject(self) -> Subject:
@@ -202,7 +202,7 @@ def _read(path: Path, settings: Plan, test: Dataset) -> nn.Module:
     if path.suffix != ".safetensors":
         return load_model(path)
     model = settings.model(test)
-    load_weights(model, load_tensors(path)[0], str(path))
+    load_into(model, path)
     return model.eval()
 
 

@@ -8,7 +8,6 @@ model itself, in its own precision.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from functools import reduce
@@ -17,9 +16,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from trivet.models.baking import baked
 from trivet.models.grey_convolution import GreyConvolution
 from trivet.models.rectifiers import cheapen_rectifiers
 
@@ -112,7 +111,7 @@ class Surrogate(nn.Module):
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    return _baked(model).eval().requires_grad_(False)
+    return baked(model).eval().requires_grad_(False)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule | None:
@@ -128,19 +127,6 @@ def _traced(model: nn.Module) -> fx.GraphModule | None:
         return None
     constant = any(name.startswith("_tensor_constant") for name, _ in graph.named_buffers())
     return None if constant or graph.code != again.code else graph
-
-
-def _baked(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parametrized tensors (masks, quantizers) are plain ones of their present value."""
-    baked = copy.deepcopy(model)
-    for module in list(baked.modules()):
-        if parametrize.is_parametrized(module):
-            # The copy shares its class with the original, and removal takes the tensor's property off that class.
-            shared = type(module)
-            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return baked
 
 
 _CACHE: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Surrogate]] = WeakKeyDictionary()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from trivet import display
 from trivet.claims import Effect, Verdict
+from trivet.compression.compression import Compression, Moment
+from trivet.compression.structure import Structure
 from trivet.data.augment import Augmentation
 from trivet.data.dataset import Batch, Dataset
 from trivet.errors import TrivetError, require
@@ -55,6 +57,7 @@ class Fit(Stage):
         optimizer, schedule: the peak rate and its course over training.
         rule: from per-example losses to the update direction; the mean gradient unless privacy is asked for.
         augment: applied to each batch before the objective sees it.
+        compression: what makes the weights small while they train, and stays on them in later stages.
         average: decay of an exponential moving average of the weights, which then is the result; None for none.
         l1: weight of the sum of all absolute weights (not biases, nor those of norms), added to the mean loss.
         max_grad_norm: clip the whole gradient to this l2 norm; None for no clipping.
@@ -74,6 +77,7 @@ class Fit(Stage):
     schedule: Schedule = field(default_factory=Cosine)
     rule: GradientRule = field(default_factory=MeanGradient)
     augment: tuple[Augmentation, ...] = ()
+    compression: Compression | None = None
     average: float | None = None
     l1: float = 0.0
     max_grad_norm: float | None = None
@@ -99,6 +103,10 @@ class Fit(Stage):
         )
         require(self.save_every is None or self.save_every >= 1, f"save_every={self.save_every} must be at least 1.")
         require(
+            self.compression is None or self.average is None,
+            f"average={self.average} would mix weights of different masks or grids; leave it out of this stage.",
+        )
+        require(
             self.objective.record_isolated or not self.rule.needs_isolation,
             f"{type(self.objective).__name__} couples the records of a batch, so {type(self.rule).__name__} cannot "
             "bound what one record contributes; choose an objective whose losses are per record.",
@@ -117,7 +125,8 @@ class Fit(Stage):
     def effect(self) -> Effect:
         changed = (Verdict.VOID, "the weights were trained further")
         kept = (Verdict.KEEP, "training changes values, not shapes")
-        return Effect(privacy=self.rule.on_privacy, certificate=changed, attack=changed, accuracy=changed, cost=kept)
+        cost = kept if self.compression is None else (Verdict.VOID, "the weights were compressed")
+        return Effect(privacy=self.rule.on_privacy, certificate=changed, attack=changed, accuracy=changed, cost=cost)
 
     def run(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         loop = _Loop(self, checkpoint.model.to(context.device), context)
@@ -134,7 +143,8 @@ class Fit(Stage):
             **loop.result,
         }
         context.files.clear_state()
-        after = replace(checkpoint, model=loop.model, history=[*checkpoint.history, record])
+        structure = [*checkpoint.structure, *loop.attached()]
+        after = replace(checkpoint, model=loop.model, history=[*checkpoint.history, record], structure=structure)
         if loop.private is not None:
             after.ledger.add(*loop.private.claims(after))
         return after
@@ -154,12 +164,16 @@ class _Loop:
         self.steps = fit.epochs * self.per_epoch * self.replays
         if fit.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if fit.compression is not None:
+            fit.compression.attach(model)
+            fit.compression.begin(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = fit.optimizer.on(self.parameters)
         self.average = MovingAverage(model, fit.average) if fit.average else None
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.result: dict[str, Any] = {}
         self.private: PrivateStage | None = None
+        self.left: Compression | None = None
         if isinstance(self.plan, PrivatePlan):
             require_independence(model, fit.objective, self.train, self.plan.rule.engine)
             self.private = PrivateStage(self.plan, self.train, self.digest, context, self.steps)
@@ -220,12 +234,15 @@ class _Loop:
     def _step(self, batch: Batch, step: int) -> Losses:
         fit, epoch = self.fit, step / (self.per_epoch * self.replays)
         progress = Progress(step, self.steps, epoch, self.seed, fit.precision)
+        moment = Moment(step, self.steps, self.per_epoch * self.replays)
         rate = fit.optimizer.lr * fit.schedule(progress.fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Dropout and noise layers draw from the global stream.
         torch.manual_seed(derive_seed(self.seed, "layers", step))
         self.model.train()
+        if fit.compression is not None:
+            fit.compression.before(self.model, moment)
         self.optimizer.zero_grad(set_to_none=True)
         if self.private is not None:
             self.private.reserve()
@@ -240,9 +257,13 @@ class _Loop:
             for parameter in self.parameters:
                 if parameter.ndim > 1 and parameter.grad is not None:
                     parameter.grad.add_(parameter.detach().sign(), alpha=fit.l1)
+        if fit.compression is not None:
+            fit.compression.adjust(self.model, moment)
         if fit.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, fit.max_grad_norm)
         self.optimizer.step()
+        if fit.compression is not None:
+            fit.compression.after(self.model, moment)
         if self.average:
             self.average.update(self.model, step)
         return Losses(found.per_example, found.log)
@@ -274,7 +295,9 @@ class _Loop:
             self.result["catastrophic_overfitting"] = f"epoch {epoch}: robust to FGSM, not to PGD"
 
     def _result_weights(self) -> AbstractContextManager[Any]:
-        """The averaged weights in place of the live ones, inside."""
+        """The weights that would be the result if training ended now, inside."""
+        if self.fit.compression is not None:
+            return self.fit.compression.as_shipped(self.model)
         return _swapped(self.model, self.average.weights) if self.average else nullcontext()
 
     def _finish(self) -> None:
@@ -283,8 +306,16 @@ class _Loop:
             self.model.load_state_dict(chosen)
         if self.best:
             self.result["best_held_out"] = self.best[0]
+        if self.fit.compression is not None:
+            self.left = self.fit.compression.end(self.model)
         self.model.eval()
         self.model.zero_grad(set_to_none=True)
+
+    def attached(self) -> Structure:
+        """What this stage put on the model for good: by the names of the layers, which patterns would not pin down."""
+        if self.left is None:
+            return []
+        return [spec_of(replace(self.left, include=tuple(self.left.layers(self.model)), exclude=()))]
 
     def _save_is_due(self, step: int) -> bool:
         if self.fit.save_every is None:
@@ -313,6 +344,8 @@ class _Loop:
         """Take up the saved state, if there is one; the step to go on from."""
         saved = self.context.files.load_state()
         if saved is None:
+            if self.fit.compression is not None:
+                self.fit.compression.initialise(self.model)
             self.fit.objective.load_state({})
             self.context.files.rewind_log(0)
             return 0 if self.private is None else self.private.resume(0)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from trivet import machine
 from trivet.claims import Ledger
+from trivet.compression.structure import finish, restructure
 from trivet.data.dataset import Splits
 from trivet.errors import TrivetError
 from trivet.files import load_tensors, save_tensors, sole_writer
@@ -41,7 +44,7 @@ def run_stages(
         if done:
             checkpoint = _load(files[done - 1], checkpoint)
         if done == len(stages) and folder.claims.exists():  # finished: later audits may have added claims
-            return replace(checkpoint, ledger=Ledger.load(folder.claims))
+            return replace(_finished(checkpoint), ledger=Ledger.load(folder.claims))
         folder.record("running", seed, machine.describe())
         for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
             checkpoint.ledger.apply(name, stage.effect())  # before it runs: what it claims itself is not to be voided
@@ -49,22 +52,50 @@ def run_stages(
             checkpoint.ledger.rebind("privacy", checkpoint.artefact)
             _save(each, checkpoint)
             each.clear_state()
-        save_tensors(folder.weights, checkpoint.model.state_dict(), {"history": checkpoint.history})
+        checkpoint = _finished(checkpoint)
+        save_tensors(
+            folder.weights,
+            checkpoint.model.state_dict(),
+            {"history": checkpoint.history, "structure": checkpoint.structure},
+        )
         checkpoint.ledger.save(folder.claims)
         folder.record("finished", seed)
     return checkpoint
 
 
+def _finished(checkpoint: Checkpoint) -> Checkpoint:
+    """With plain weights, of the same values, in place of compressed ones."""
+    structure = finish(checkpoint.model, checkpoint.structure)
+    # The same function in another form: what was proved of one holds for the other.
+    checkpoint.ledger.rebind("privacy", checkpoint.artefact)
+    return replace(checkpoint, structure=structure)
+
+
 def _save(files: StageFiles, checkpoint: Checkpoint) -> None:
-    metadata = {"ledger": checkpoint.ledger.dump(), "history": checkpoint.history}
+    metadata = {
+        "ledger": checkpoint.ledger.dump(),
+        "history": checkpoint.history,
+        "structure": checkpoint.structure,
+    }
     save_tensors(files.finished, checkpoint.model.state_dict(), metadata)
 
 
 def _load(files: StageFiles, checkpoint: Checkpoint) -> Checkpoint:
-    tensors, metadata = load_tensors(files.finished)
-    load_weights(checkpoint.model, tensors, str(files.finished))
+    metadata = load_into(checkpoint.model, files.finished)
     ledger = Ledger.parse(metadata["ledger"], str(files.finished))
-    return Checkpoint(checkpoint.model, ledger, metadata["history"])
+    return Checkpoint(checkpoint.model, ledger, metadata["history"], metadata.get("structure", []))
+
+
+def load_into(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Make of a fresh `model` the one saved at `path`: its structure, then its weights. Returns what else is there.
+
+    Raises:
+        TrivetError: the file was written by another model.
+    """
+    tensors, metadata = load_tensors(path)
+    restructure(model, metadata.get("structure", []), str(path))
+    load_weights(model, tensors, str(path))
+    return metadata
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trivet.claims import Effect, Ledger
+from trivet.compression.structure import Structure
 from trivet.data.dataset import Splits
 from trivet.errors import TrivetError
 from trivet.models.fingerprint import fingerprint
@@ -25,11 +26,13 @@ class Checkpoint:
             [B, frames, 1, D] to values of actions [B, K].
         ledger: the claims made about it so far, holding and voided.
         history: one record per stage it went through.
+        structure: the compressions attached to the model.
     """
 
     model: nn.Module
     ledger: Ledger = field(default_factory=Ledger)
     history: list[dict[str, Any]] = field(default_factory=list)
+    structure: Structure = field(default_factory=list)
 
     @property
     def artefact(self) -> str:
