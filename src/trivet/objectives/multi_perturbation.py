@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +23,7 @@ from trivet.threats.threat import ThreatModel
 
 @dataclass(frozen=True)
 class MultiPerturbation:
-    """One attack on each member of `threat` inside a training step: what AVG and MAX share.
+    """One attack on each member of `threat` inside a training step: what AVG, MAX and ALT share.
 
     PGD on l_inf and l_2 balls, SLIDE on l_1 balls, the worst of `draws` random transforms for rotations. All see the
     model in eval mode and start from the same random stream, so that two equal members find the same points.
@@ -58,20 +57,21 @@ class MultiPerturbation:
 
     def attacked(self, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
         """[k, B, ...]: of each member the point that its attack found for each record, adversarial or not; detached."""
+        types = range(len(self.threat.members))
+        return torch.stack([self.attacked_by(number, model, batch, progress) for number in types])
+
+    def attacked_by(self, number: int, model: nn.Module, batch: Batch, progress: Progress) -> Tensor:
+        """[B, ...]: what the attack on member `number`, counted from 0, finds when it runs alone; detached."""
+        scale = min(1.0, progress.fraction / self.eps_ramp) if self.eps_ramp else 1.0
+        x, y, draw = batch.inputs, batch.labels, progress.generator("start", batch.inputs.device)
+        threat = self.threat.members[number].scaled(scale)
         with evaluating(model):
             target = Target(surrogate(model, progress.precision), model, max(len(batch), 1))
-            return torch.stack(list(self._candidates(target, batch, progress))).detach()
-
-    def _candidates(self, target: Target, batch: Batch, progress: Progress) -> Iterator[Tensor]:
-        scale = min(1.0, progress.fraction / self.eps_ramp) if self.eps_ramp else 1.0
-        x, y = batch.inputs, batch.labels
-        for number, member in enumerate(self.threat.members):
-            threat, draw = member.scaled(scale), progress.generator("start", x.device)
             if isinstance(threat, RotationTranslation):
-                yield worst_transform(target, threat, x, y, (threat.random_moves(x, draw) for _ in range(self.draws)))
-            else:
-                length = scale * self.step_sizes[number] if self.step_sizes else None
-                yield self._attack(threat, length).search(target, x, y, draw)
+                moves = (threat.random_moves(x, draw) for _ in range(self.draws))
+                return worst_transform(target, threat, x, y, moves).detach()
+            length = scale * self.step_sizes[number] if self.step_sizes else None
+            return self._attack(threat, length).search(target, x, y, draw).detach()
 
     def _attack(self, threat: ThreatModel, length: float | None) -> Attack:
         if isinstance(threat, L1):
