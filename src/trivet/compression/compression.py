@@ -134,6 +134,10 @@ class Compression(ABC):
         """Inside, the network computes as it would if training ended now: what held-out records judge."""
         return nullcontext()
 
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        """What the record of the stage says about it; asked just before `end`."""
+        return {}
+
     def end(self, model: nn.Module) -> Compression:
         """Leave behind what later stages train with; what is returned attaches the same to a fresh network."""
         return self

@@ -307,6 +307,7 @@ class _Loop:
         if self.best:
             self.result["best_held_out"] = self.best[0]
         if self.fit.compression is not None:
+            self.result |= self.fit.compression.report(self.model)
             self.left = self.fit.compression.end(self.model)
         self.model.eval()
         self.model.zero_grad(set_to_none=True)
