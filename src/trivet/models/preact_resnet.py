@@ -49,6 +49,7 @@ def preact_network(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     generator: torch.Generator | None,
+    block: type[PreActBlock] = PreActBlock,
 ) -> nn.Sequential:
     """A 3x3 convolution of `stem` channels, `stages` of (blocks, channels), norm, relu, mean over pixels, logits.
 
@@ -58,9 +59,9 @@ def preact_network(
     layers["conv"] = nn.Conv2d(input_shape[0], stem, 3, padding=1, bias=norm == "none")
     inputs = stem
     for stage, (blocks, outputs) in enumerate(stages, 1):
-        for block in range(1, blocks + 1):
-            stride = 2 if stage > 1 and block == 1 else 1
-            layers[f"block{stage}_{block}"] = PreActBlock(inputs, outputs, stride, norm)
+        for number in range(1, blocks + 1):
+            stride = 2 if stage > 1 and number == 1 else 1
+            layers[f"block{stage}_{number}"] = block(inputs, outputs, stride, norm)
             inputs = outputs
     layers["norm"], layers["relu"] = norm_layer(norm, inputs), nn.ReLU()
     layers["pool"], layers["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
