@@ -86,9 +86,7 @@ class MistakeSeverity(Adversary, Objective):
         with torch.no_grad():
             classes = ask(batch.inputs[:1]).shape[1]
         named = len(self.hierarchy.classes)
-        require(
-            named == classes, f"hierarchy=… must be of the {classes} classes the model tells apart, not of {named}."
-        )
+        require(named == classes, f"hierarchy=… must be of the model's {classes} classes, not of {named}.")
         return super().climb(ask, replace(batch, labels=self.targets(batch.labels, progress)), progress)
 
     def inner_loss(self, model: Logits, batch: Batch) -> Callable[[Tensor], Tensor]:
