@@ -151,6 +151,18 @@ def test_gradients_flow_through_both_copies(mlp, batch) -> None:
     assert not torch.allclose(ours, one)
 
 
+def test_cosines_keep_single_precision_where_the_network_runs_in_bfloat16(mlp, batch) -> None:
+    objective = Atfs(THREAT)
+    perturbed = objective.perturb(mlp, batch, WARM)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective.losses(mlp, batch, perturbed, WARM).log
+        clean, moved = mlp[:3](batch.inputs), mlp[:3](perturbed)
+    assert clean.dtype == torch.bfloat16
+    intra, inter = edge_losses(clean.detach().float(), moved.detach().float(), batch.labels)
+    assert torch.equal(found["intra"], intra)
+    assert torch.equal(found["inter"], inter)
+
+
 def test_the_weights_are_tied_unless_set_and_the_inter_term_warms_up() -> None:
     assert Atfs(THREAT, intra=0.8).weights(7.0) == (0.8, 0.8)
     assert Atfs(THREAT, intra=0.8, inter=0.2).weights(1.0) == pytest.approx((0.8, 0.04))
