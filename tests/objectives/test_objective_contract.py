@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gaussian": {"sigma": 0.25, "samples": 2},
     "stability": {"sigma": 0.25},
     "smooth_adv": {"sigma": 0.25, "samples": 2, "steps": 2},
+    "ladder": {"natural": 0.0, "svm": "linear", "min_accuracy": 0.0, "eps": 5.0},
     "macer": {"sigma": 0.25, "samples": 4, "defer": 0.0},
     "consistency": {"sigma": 0.25},
     "cat_rs": {"sigma": 0.25, "samples": 2, "steps": 2},
