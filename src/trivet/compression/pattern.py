@@ -21,7 +21,7 @@ class Pattern(ABC):
     def keep(self, scores: Tensor, density: float) -> Tensor:
         """A boolean mask, shaped as `scores`, that keeps the share `density` with the largest scores.
 
-        Scores are not negative. The count is exact, ties included: of equal ones the first are dropped first.
+        Scores may have any sign. The count is exact, ties included: of equal ones the first are dropped first.
         Without data-dependent branches: it works under `torch.func.vmap`.
         """
 
@@ -31,7 +31,7 @@ class UnitPattern(Pattern):
 
     @abstractmethod
     def units(self, scores: Tensor) -> Tensor:
-        """The score [U] of each unit of a layer whose weights have `scores`."""
+        """The summed score [U] of each unit of a layer whose weights have `scores`."""
 
     @abstractmethod
     def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
