@@ -338,9 +338,8 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(6, 3), nn.Softmax(1)), r"layer 1 \(Softmax\) has no bounds here"),
-        (lambda: nn.Sequential(nn.LayerNorm(6)), r"\(LayerNorm\) has no bounds"),
-        (lambda: nn.Sequential(nn.Linear(6, 3), nn.GELU()), r"\(GELU\) has no bounds"),
+        (lambda: nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(1)), r"layer 1 \(LogSoftmax\) has no bounds here"),
+        (lambda: nn.Sequential(nn.Linear(6, 3), nn.Mish()), r"\(Mish\) has no bounds"),
         (lambda: nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False)), "mixes the records of a batch"),
         (hooked, "has hooks"),
         (Branching, "no fixed sequence of steps"),

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from trivet.certify.bounds.functions import FUNCTIONS, METHODS
-from trivet.certify.bounds.modules import MODULES
+from trivet.certify.bounds.handlers import FUNCTIONS, METHODS, MODULES
 from trivet.certify.bounds.steps import PROBES, Builder, Constant, Flow, Reader, Step, Unbounded, refuse_unless
 from trivet.errors import BadValue
 from trivet.models.modes import device_of, evaluating
