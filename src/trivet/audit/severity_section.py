@@ -22,10 +22,10 @@ def section_of(subjects: Sequence[Subject]) -> Html:
             continue
         rows = [_row(each) for each in made.conditions]
         parts.append(tag("h3", key(number, subject.name)))
-        heads = [right(name) for name in ("mistakes", "severity", "hdist@1", *(_named(made.height)))]
+        heads = [right(name) for name in ("mistakes, %", "severity", "hdist@1", *_named(made.height))]
         parts.append(table(["under", *heads], rows))
         caption = "Share of records that are answered wrong: the more severe the mistake, the darker."
-        parts.append(tag("figure", _bars(made, number), tag("figcaption", caption)))
+        parts.append(tag("div", tag("figure", _bars(made, number), tag("figcaption", caption)), class_="grid"))
         cells = [[f"{each.k}", *(_number(value) for value in _measures(each).values())] for each in made.ranked]
         if cells:
             parts.append(table(["best k classes", *map(right, _measures(made.ranked[0]))], cells))
@@ -34,7 +34,7 @@ def section_of(subjects: Sequence[Subject]) -> Html:
     first = next(made for subject in subjects if (made := subject.findings.severity) is not None)
     lead = (
         "D is the height of the lowest common ancestor of the label and the answer in the tree of the classes, "
-        "severity its mean over mistakes, with an exact interval (Bertinetto et al., CVPR 2020), hdist@1 its mean over "
+        "severity its mean over mistakes (Bertinetto et al., CVPR 2020) with an exact interval, hdist@1 its mean over "
         "all records. Severity alone favours models with many near misses. Mistakes made at random would have "
         f"{first.chance:.3g}. Rows marked * hold an attack that looks for severe mistakes: what can be forced, not "
         "what usually happens."

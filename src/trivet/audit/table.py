@@ -31,7 +31,9 @@ def _row(name: str, found: Findings) -> dict[str, Any]:
     row |= {f"worst case, {name}": _percent(left) for name, left in found.worst_by_type.items()}
     row["worst case"] = _percent(found.worst_case)
     if found.severity is not None:  # severity alone favours models with many near misses
-        row |= {f"hdist, {each.label}": round(each.hdist, 3) for each in found.severity.conditions}
+        clean, *attacked = found.severity.conditions
+        row["hdist"] = round(clean.hdist, 3)
+        row["hdist under attack"] = round(attacked[-1].hdist, 3) if attacked else None
     if found.certificate is not None:
         headline = found.certificate.at[0]
         row[f"certified, {found.certificate.norm} {headline.radius:g}"] = _percent(headline.accuracy)
