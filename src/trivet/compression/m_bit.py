@@ -19,8 +19,8 @@ class MBit(Projection):
     """A point of s {-L, …, -1, 0, 1, …, L}, L = 2^(bits - 1) - 1, near the weight: bits = 4 has 15 levels.
 
     Lloyd's rounds, at most 20: q = round(|w| / s) cut to L, halves down, then s = <|w|, q> / <q, q>. Neither half
-    raises the distance; the end is a local optimum. They begin at s = 2 max|w| / (2^bits - 1), where `rule="author"` stops
-    after one round: what Binary-Relax's code does at 4 bits.
+    raises the distance; the end is a local optimum. They begin at s = 2 max|w| / (2^bits - 1), where `rule="author"`
+    stops after one round: what Binary-Relax's code does at 4 bits.
 
     Attributes:
         bits: of a weight, 2 to 8.

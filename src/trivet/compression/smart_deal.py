@@ -1,0 +1,261 @@
+"""SmartDeal: weights as sparse powers of two times a tiny dense basis (Chen et al., 2021; SmartExchange, ISCA 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivet.compression.compression import Compression, Moment, WeightMap, originals, steps_on
+from trivet.errors import require
+from trivet.methods import method
+from trivet.models.baking import bake
+
+S = 3
+"""Columns of a block, and the side of its basis."""
+ROWS = 64 * S
+"""Rows of a block at most."""
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How a weight [O, …] is cut into blocks [N, rows, S], and put together again.
+
+    Kernels three wide: each filter's (I kh) x 3 rows. All others: each output's weights in rows of three, the last
+    filled up with zeros. The rows of an output are dealt to as few equal blocks as have at most 192.
+    """
+
+    shape: torch.Size
+    rows: int
+    parts: int
+
+    @classmethod
+    def of(cls, shape: torch.Size) -> Slicing:
+        length = ceil(shape[1:].numel() / S)
+        parts = ceil(length / ROWS)
+        return cls(shape, ceil(length / parts), parts)
+
+    def cut(self, weight: Tensor) -> Tensor:
+        flat = weight.reshape(self.shape[0], -1)
+        padded = F.pad(flat, (0, self.parts * self.rows * S - flat.shape[1]))
+        return padded.reshape(-1, self.rows, S)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        return blocks.reshape(self.shape[0], -1)[:, : self.shape[1:].numel()].reshape(self.shape)
+
+
+def nearest_power(size: Tensor) -> Tensor:
+    """The power of two nearest to each positive number, in linear distance, ties downwards; 0 stays 0."""
+    _, exponent = torch.frexp(size)
+    lower = torch.ldexp(torch.ones_like(size), exponent - 1)  # the largest power not above it
+    return torch.where(size > 1.5 * lower, 2 * lower, lower) * (size > 0)
+
+
+def powers(coefficients: Tensor, top: Tensor | float, bits: int) -> Tensor:
+    """Coefficients on {0} and ±{the 2^(bits - 1) - 1 powers of two up to `top`}: the nearest, ties downwards."""
+    size, least = coefficients.abs(), top * 2.0 ** (2 - 2 ** (bits - 1))
+    nearest = nearest_power(size).clamp_max(top)
+    small = torch.where(size > least / 2, least, torch.zeros_like(size))
+    return coefficients.sign() * torch.where(nearest < least, small, nearest)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Blocks A [N, rows, 3] near Q B: Q [N, rows, 3] sparse signed powers of two, B [N, 3, 3]."""
+
+    coefficients: Tensor
+    basis: Tensor
+
+    @property
+    def rebuilt(self) -> Tensor:
+        return self.coefficients @ self.basis
+
+
+@torch.no_grad()
+def decompose(blocks: Tensor, threshold: Tensor | float, bits: int, rounds: int = 30) -> Decomposition:
+    """Alternate between the basis and the coefficients of every block at once, in float64.
+
+        B = I, Ce = A;  repeat:  Q = powers of two nearest to Ce;  stop if Q is unchanged;
+            B = argmin ||A - Q B||;  Ce = argmin ||A - Ce B||;  Ce = 0 where |Ce| < threshold
+
+    `threshold` is a number, or [N, 1, 1]. All blocks share one window of powers, with the largest coefficient of the
+    first round on top. The alternation is not monotone; each basis is the least-squares optimum of its coefficients.
+    """
+    a = blocks.double()
+    ce, q = a.clone(), torch.zeros_like(a)
+    top = nearest_power(a.abs().max())
+    basis = torch.eye(S, dtype=a.dtype, device=a.device).expand(len(a), S, S).clone()
+    for _ in range(rounds - 1):
+        fresh = powers(ce, top, bits)
+        moving = (fresh != q).flatten(1).any(1)
+        q = fresh
+        if not bool(moving.any()):
+            break
+        basis[moving] = _least_squares(q[moving], a[moving])
+        solved = a[moving] @ torch.linalg.pinv(basis[moving])
+        limit = threshold[moving].double() if isinstance(threshold, Tensor) else threshold
+        ce[moving] = torch.where(solved.abs() < limit, torch.zeros_like(solved), solved)
+    q = powers(ce, top, bits)
+    return Decomposition(q.to(blocks.dtype), _least_squares(q, a).to(blocks.dtype))
+
+
+def _least_squares(q: Tensor, a: Tensor) -> Tensor:
+    """argmin_B ||A - Q B||_F, of least norm where Q has not full rank."""
+    return torch.linalg.pinv(q) @ a
+
+
+class Rebuilt(WeightMap):
+    """Q B, joined: what is stored are the coefficients [N, rows, 3] and the basis [N, 3, 3]."""
+
+    factors = True
+
+    def __init__(self, slicing: Slicing, threshold: float, bits: int) -> None:
+        super().__init__()
+        self.slicing, self.threshold, self.bits = slicing, threshold, bits
+
+    def forward(self, coefficients: Tensor, basis: Tensor) -> Tensor:
+        return self.slicing.join(coefficients @ basis)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        found = decomposed(weight, self.slicing, self.threshold, self.bits)
+        return found.coefficients, found.basis
+
+
+class Trained(WeightMap):
+    """The weight itself, while the network trains between decompositions."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def decomposed(weight: Tensor, slicing: Slicing, threshold: float, bits: int) -> Decomposition:
+    """The blocks of a weight, each with its threshold relative to the root mean square of its entries."""
+    blocks = slicing.cut(weight.detach())
+    size = blocks.double().square().mean((1, 2), keepdim=True).sqrt()
+    return decompose(blocks, threshold * size, bits)
+
+
+@method(title="SmartDeal", paper="Chen et al., 2021", year=2021, legs="small")
+@dataclass(frozen=True, kw_only=True)
+class SmartDeal(Compression):
+    """Every weight matrix becomes (sparse signed powers of two) x (3 x 3 basis), by decomposing after every epoch.
+
+        train an epoch; W <- Q B, the decomposition of W; … ; at the end Q and B are what is stored
+
+    Multiplying by powers of two is shifting, so that weights can be rebuilt beside the arithmetic unit from few bits;
+    on this machine that saves bytes, not time. Layers whose rows are shorter than three columns are left alone, as are
+    those whose blocks would have no more rows than the basis.
+
+    Promises nothing; energy figures are estimates (`compression.energy`). The authors report 2.44x energy efficiency
+    of inference on their accelerator.
+
+    Attributes:
+        threshold: coefficients below this share of their block's root mean square are zero. The authors' threshold is
+            absolute (1e-3 and 4e-3), which is another one in every layer.
+        bits: of a coefficient: its sign, and one of 2^(bits - 1) - 1 powers of two, or zero.
+    """
+
+    threshold: float = 0.05
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        require(self.threshold >= 0, f"threshold={self.threshold} must not be negative.")
+        require(2 <= self.bits <= 8, f"bits={self.bits} must lie between 2 and 8.")
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        chosen = {name: layer for name, layer in super().layers(model).items() if _worth(layer)}
+        require(bool(chosen), "no layer has blocks of more than three rows; SmartDeal would only make them larger.")
+        return chosen
+
+    def map_for(self, name: str, layer: nn.Module) -> WeightMap:
+        return Trained()
+
+    def attach(self, model: nn.Module) -> None:
+        for name, layer in self.layers(model).items():
+            require(
+                not steps_on(layer),
+                f"the weight of {name} is compressed already, and factors would not keep that; add it to exclude.",
+            )
+        super().attach(model)
+
+    @torch.no_grad()
+    def after(self, model: nn.Module, moment: Moment) -> None:
+        if (moment.step + 1) % moment.per_epoch == 0:
+            self._decompose(model)
+
+    def _decompose(self, model: nn.Module) -> None:
+        for weight in self._weights(model):
+            slicing = Slicing.of(weight.shape)
+            weight.copy_(slicing.join(decomposed(weight, slicing, self.threshold, self.bits).rebuilt))
+
+    def _weights(self, model: nn.Module) -> list[Tensor]:
+        return [originals(layer)[0] for layer in self.layers(model).values()]
+
+    @contextmanager
+    def as_shipped(self, model: nn.Module) -> Iterator[None]:
+        weights = self._weights(model)
+        kept = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            self._decompose(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, before in zip(weights, kept, strict=True):
+                    weight.copy_(before)
+
+    def end(self, model: nn.Module) -> Compression:
+        layers = self.layers(model)
+        for layer in layers.values():
+            bake(layer)
+        stored = SmartDealFactors(threshold=self.threshold, bits=self.bits, include=tuple(layers))
+        stored.attach(model)
+        return stored
+
+
+@method(title="SmartDeal's factors", paper="Chen et al., 2021", year=2021, legs="small")
+@dataclass(frozen=True, kw_only=True)
+class SmartDealFactors(SmartDeal):
+    """A network stored as SmartDeal's coefficients and bases. Where it is trained on, only the bases learn."""
+
+    def map_for(self, name: str, layer: nn.Module) -> WeightMap:
+        weight: Any = layer.weight
+        return Rebuilt(Slicing.of(weight.shape), self.threshold, self.bits)
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        for layer in self.layers(model).values():
+            coefficients, _ = originals(layer)
+            coefficients.requires_grad_(False)
+
+    def after(self, model: nn.Module, moment: Moment) -> None:
+        """Nothing: the bases learn, and the coefficients are what they are."""
+
+    def as_shipped(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def end(self, model: nn.Module) -> Compression:
+        return self
+
+
+def _worth(layer: nn.Module) -> bool:
+    weight: Any = layer.weight
+    slicing = Slicing.of(weight.shape)
+    return slicing.rows > S
+
+
+def storage_bits(coefficients: Tensor, basis: Tensor, basis_bits: int = 32) -> int:
+    """Bits of factors: non-zeros at ceil(log2(distinct magnitudes)) + 1 each, a bit of map for every entry, the basis.
+
+    The authors' hardware counts 8 bits for an entry of the basis; ours are float32, and counted so.
+    """
+    magnitudes = coefficients.abs().unique()
+    kinds = int((magnitudes > 0).sum())
+    each = ceil(log2(kinds)) + 1 if kinds else 0
+    return int(coefficients.count_nonzero()) * each + coefficients.numel() + basis.numel() * basis_bits
