@@ -44,6 +44,7 @@ from trivet.objectives.mistake_severity import MistakeSeverity
 from trivet.objectives.objective import Objective
 from trivet.objectives.pgd_at import PgdAt
 from trivet.objectives.plain import Plain
+from trivet.objectives.soft_labels import SoftLabels
 from trivet.objectives.trades import Trades
 from trivet.randomness import generator
 from trivet.threats.attack import Attack
@@ -59,6 +60,7 @@ from trivet.training.pipeline import run_stages
 THREAT, TREE = Linf(0.1), digits_hierarchy()
 RIVALS: dict[str, Objective] = {
     "plain": Plain(),
+    "soft labels": SoftLabels(TREE),
     "PGD-AT": PgdAt(THREAT),
     "TRADES 6": Trades(THREAT),
     "dissimilar": MistakeSeverity(THREAT, hierarchy=TREE),

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cat_rs": {"sigma": 0.25, "samples": 2, "steps": 2},
     "dp_cert": {"sigma": 0.25},
     "mistake_severity": {"hierarchy": {"name": "hierarchy", "classes": list("abcd"), "tree": [["a", "b"], "c", "d"]}},
+    "soft_labels": {"hierarchy": {"name": "hierarchy", "classes": list("abcd"), "tree": [["a", "b"], "c", "d"]}},
     "augmentation_multiplicity": {
         "augment": [{"name": "random_crop", "padding": 1}],
         "objective": {"name": "trades", "steps": 2},
