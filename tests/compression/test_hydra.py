@@ -170,7 +170,8 @@ def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
     again = net(8)
     metadata = load_into(again, tmp_path / "run" / "weights.safetensors")
     x = torch.rand(5, 1, 4, 4)
-    assert torch.equal(again(x), checkpoint.model(x))
+    assert all(torch.equal(tensor, checkpoint.model.state_dict()[key]) for key, tensor in again.state_dict().items())
+    torch.testing.assert_close(again(x), checkpoint.model(x))  # memory may be laid out another way
     assert metadata["structure"] == checkpoint.structure == []
     assert not any("scores" in name or "mask" in name for name in again.state_dict())
 

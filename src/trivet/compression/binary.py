@@ -21,4 +21,4 @@ class Binary(Projection):
     def project(self, weight: Tensor) -> Tensor:
         size = weight.detach().abs()
         scale = size.sum() / size.count_nonzero().clamp_min(1)
-        return scale * weight.detach().sign()
+        return scale * weight.detach().sign() + 0.0  # no negative zeros: on disk they are another value

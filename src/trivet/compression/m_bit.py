@@ -42,7 +42,7 @@ class MBit(Projection):
             if torch.equal(levels, before):
                 break
             scale = (size * levels).sum() / levels.square().sum()
-        return scale * levels * weight.detach().sign()
+        return scale * levels * weight.detach().sign() + 0.0  # no negative zeros: on disk they are another value
 
     @staticmethod
     def _levels(size: Tensor, scale: Tensor, top: int) -> Tensor:

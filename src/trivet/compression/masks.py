@@ -12,7 +12,7 @@ from trivet.methods import method
 
 
 class Mask(WeightMap):
-    """w * m, with m in {0, 1}, shaped as the weight. Dropped weights get no gradient."""
+    """w where m, else 0, with a boolean m shaped as the weight. Dropped weights get no gradient."""
 
     mask: Tensor
 
@@ -21,7 +21,7 @@ class Mask(WeightMap):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
+        return torch.where(self.mask, weight, 0.0)  # not a product: that has negative zeros, which are no zeros on disk
 
 
 @method(title="Frozen masks", legs="small")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any
@@ -237,8 +237,9 @@ class SmartDealFactors(SmartDeal):
     def after(self, model: nn.Module, moment: Moment) -> None:
         """Nothing: the bases learn, and the coefficients are what they are."""
 
-    def as_shipped(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def as_shipped(self, model: nn.Module) -> Iterator[None]:
+        yield
 
     def end(self, model: nn.Module) -> Compression:
         return self

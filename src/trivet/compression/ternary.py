@@ -40,4 +40,4 @@ class Ternary(Projection):
         # Of equal weights at the edge all are kept: the objective is the same to first order, and the rule simpler.
         kept = (size >= largest[best]) & (size > 0)
         scale = (size * kept).sum() / kept.count_nonzero().clamp_min(1)
-        return scale * weight.sign() * kept
+        return scale * weight.sign() * kept + 0.0  # no negative zeros: on disk they are another value
