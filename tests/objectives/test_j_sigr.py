@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from trivet.data.dataset import Batch
+from trivet.data.dataset import Batch, Dataset
 from trivet.data.digits import digits
 from trivet.errors import BadValue
 from trivet.methods import find
@@ -24,6 +24,7 @@ from trivet.threats.attack import input_gradient, misclassified
 from trivet.threats.linf import Linf
 from trivet.threats.losses import cross_entropy
 from trivet.threats.pgd import PGD
+from trivet.training.independence import require_independence
 
 EXACT = JSigr(lam_j=1.0, lam_s=0.0, projections=None)
 
@@ -206,6 +207,12 @@ def test_gradients_of_single_records_can_be_taken_by_vmap(mlp, exact_batch, prog
     objective.losses(net, exact_batch, perturbed, progress).per_example.sum().backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(each[name].sum(0), parameter.grad)
+
+
+def test_private_training_takes_it_with_materialised_gradients(mlp, batch) -> None:
+    records = Dataset(batch.inputs, batch.labels, tuple("abcd"), "records", scale=1.0)
+    for objective in (JSigr(), JSigr(projections=None)):
+        require_independence(mlp, objective, records, "materialised")
 
 
 def test_the_jacobian_is_that_of_reverse_mode_one_record_at_a_time(mlp, exact_batch) -> None:

@@ -102,6 +102,8 @@ class JSigr(Objective):
     Reconstructed from the abstract: the paper's text and training code could not be had. The blur, the grid, the
     thresholds, the schedule and the constants are ours.
 
+    Under a private gradient rule set `engine: materialised`, which follows derivatives inside a loss.
+
     It promises nothing; gradient penalties are known to mask gradients in part, so judge it by AutoAttack.
 
     Attributes:
