@@ -1,4 +1,4 @@
-"""Decoders draw images of every size, learn to undo a layer, and go on from a saved state as if nothing had happened."""
+"""Decoders draw images of every size, learn to undo a layer, and go on from a saved state as if never stopped."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Ladder(Objective):
         eps: the step, in normals.
         eps_step, eps_max: of the search for the border; without eps_max, eps is fixed.
         normal: "raw", w as the SVM has it, or "unit", w / ||w||_2.
-        svm: "attention", as published, or "linear" (a = 1, solved exactly and a hundred times faster).
+        svm: "attention", as published, or "linear": a = 1, solved exactly.
         natural: share of training that is plain.
         refresh: epochs between fits of the SVMs; 0 fits them once.
         memory: images kept of each class, 200 in the authors' code. SVMs are K (K - 1) for K classes.
@@ -115,7 +115,8 @@ class Ladder(Objective):
             shop.remember(batch)
             shop.error = shop.decoder.learn(z, batch.inputs.float())
             if progress.fraction >= self.natural and shop.due(progress.epoch, self.refresh):
-                latents = [self._latents(model, images)[0] for images in shop.remembered()]
+                known = (images.to(batch.inputs.dtype) for images in shop.remembered())
+                latents = [self._latents(model, images)[0] if len(images) else z[:0] for images in known]
                 shop.borders = fit_pairs(latents, self.svm, progress.generator("svm"))
                 shop.fitted = progress.epoch
 
@@ -139,11 +140,13 @@ class Ladder(Objective):
             lengths = torch.full_like(z[:, :1], self.eps)
             if self.eps_max is not None:
                 tried = list(steps(self.eps, self.eps_step, self.eps_max))
-                lengths = first_crossing(
-                    lambda points: self._latents(model, shop.decoder.draw(points))[1], z, direction, logits, tried
-                )
-            images = shop.decoder.draw(z + lengths * direction)
-        return torch.where(possible.view(-1, *[1] * (x.ndim - 1)), images.to(x.dtype), x)
+
+                def read(points: Tensor) -> Tensor:
+                    return self._latents(model, shop.decoder.draw(points).to(x.dtype))[1]
+
+                lengths = first_crossing(read, z, direction, logits, tried)
+            images = shop.decoder.draw(z + lengths * direction).to(x.dtype)
+        return torch.where(possible.view(-1, *[1] * (x.ndim - 1)), images, x)
 
     @torch.no_grad()
     def _latents(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
