@@ -70,6 +70,17 @@ def rows(seconds: Mapping[str, Sequence[float]], reference: str, **more: Mapping
     ]
 
 
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval for the mean of independent runs; None for a single one, which tells no spread."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean + half
+
+
 def show(title: str, table: Sequence[Mapping[str, Any]]) -> None:
     """`table` as aligned text."""
     print(f"\n{title}")

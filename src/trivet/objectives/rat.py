@@ -43,6 +43,7 @@ class Rat(UniversalSearch, Objective):
     Attributes:
         threat: the ball of v, an l_inf or l_2 ball; the published radii are larger than those of attacks on single
             records.
+        passes: of the search over its records; each takes up to `steps` queries for each record.
         records: how many to search on.
         rounds: of search; 1 is the plain method.
         warm_up: share of training before the first round. 0, for a network that is trained already, searches on the
@@ -51,7 +52,8 @@ class Rat(UniversalSearch, Objective):
 
     record_isolated: ClassVar[bool] = False  # v was made by all records
 
-    records: int = 200
+    passes: int = 3
+    records: int = 100
     rounds: int = 3
     warm_up: float = 0.3
     _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -99,7 +99,7 @@ class UniversalSearch:
         return Universal(targets, best, success)
 
     def critical(self, logits: Tensor, y: Tensor, target: int) -> Tensor:
-        """Indices, in order, of the share of the records of other classes that lies nearest the boundary of `target`."""
+        """Indices, in order, of the share of the records of other classes nearest the boundary of `target`."""
         others = (y != target).nonzero().squeeze(1)
         gap = (logits.gather(1, y[:, None]).squeeze(1) - logits[:, target])[others]
         nearest = gap.argsort(stable=True)[: math.ceil(self.top_fraction_by_margin * len(others))]
