@@ -88,6 +88,9 @@ class Hydra(Compression):
                 fan_in = weight[0].numel()
                 each.scores.copy_(sqrt(6 / fan_in) * weight / weight.abs().max().clamp_min(torch.finfo().tiny))
 
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        return {"kept": {name: int(each.mask.sum()) for name, each in self.maps(model).items()}}
+
     def end(self, model: nn.Module) -> Compression:
         layers = self.layers(model)
         for name, each in self.maps(model).items():
