@@ -27,9 +27,11 @@ class WeightMap(nn.Module):
 
     Attributes:
         factors: whether the stored tensors are what ships. If not, a finished network holds the plain weight.
+        randomised: whether the weight is another one in every pass.
     """
 
     factors: ClassVar[bool] = False
+    randomised: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,16 @@ def bake(model: nn.Module, which: Callable[[Chain], bool] = lambda _: True) -> N
 
 
 def baked(model: nn.Module) -> nn.Module:
-    """A copy of `model` without parametrizations; `model` stays as it is."""
+    """A copy of `model` without parametrizations, but for those that draw; `model` stays as it is."""
     made = copy.deepcopy(model)
-    bake(made)
+    bake(made, lambda chain: not _draws(chain))
     return made
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a parametrized tensor of `model` is another one in every pass."""
+    return any(_draws(module) for module in model.modules() if isinstance(module, Chain))
+
+
+def _draws(chain: Chain) -> bool:
+    return any(getattr(step, "randomised", False) for step in chain)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from trivet.models.baking import baked
+from trivet.models.baking import baked, draws
 from trivet.models.grey_convolution import GreyConvolution
 from trivet.models.rectifiers import cheapen_rectifiers
 
@@ -121,6 +121,8 @@ def _traced(model: nn.Module) -> fx.GraphModule | None:
     traces differ, because something random was drawn by Python.
     """
     net = _frozen(model)
+    if draws(net):  # the copies of a trace would be of one draw
+        return None
     try:
         graph, again = fx.symbolic_trace(net), fx.symbolic_trace(net)
     except Exception:  # tracing runs the user's forward on proxies: anything may be raised, and is no fault
