@@ -44,8 +44,23 @@ class Atfs(Adversary, Objective):
     depends on the others of its batch, so that private gradient rules refuse it. Gradients flow through both copies.
     Each has a pass of its own through the network, so that BatchNorm normalises it by its own statistics.
 
-    Only the abstract of the paper was at hand: the graph losses, their constants and the warm-up are ours. L_inter
-    alone is least where all features vanish, and ReLU networks go there; training stops with an error if they do.
+    Only the abstract of the paper was at hand: the graph losses, their constants and the warm-up are ours. Features
+    that vanish satisfy L_inter alone, and ReLU units can die; training stops with an error if all features do.
+
+    The abstract claims higher accuracy, clean and attacked. What the evidence shows is separation without it. Digits, a
+    perceptron (128, 64), l_inf 0.1, 40 epochs, one run each, 355 test records, `results/atfs.json`:
+
+                             clean   AutoAttack   cosine within, between classes   Fisher's ratio
+        PGD-AT               98.6 %      82.3 %            0.91, 0.68                   2.4
+        TRADES               96.6 %      81.4 %            0.92, 0.76                   1.8
+        this                 98.0 %      83.1 %            0.87, 0.41                   3.4
+        this, intra 1        97.7 %      82.8 %            0.88, 0.25                   4.7
+        L_intra alone        98.3 %      81.1 %            0.97, 0.86                   2.5
+        L_inter alone        98.6 %      83.7 %            0.80, 0.30                   2.5
+
+    Three records are 0.8 points: between these accuracies there is nothing to choose. Classes move apart, but those of
+    the tied weights are no tighter than after PGD-AT. Transferred attacks left more than AutoAttack everywhere, and
+    Square, which needs no gradients, found one record more at most: no sign of masking.
 
     No certificate: features set apart are no evidence of robustness, and losses of their kind have masked gradients
     before (Mustafa et al., ICCV 2019). Judge it by AutoAttack.
