@@ -34,6 +34,19 @@ class Lines:
 
 
 @dataclass(frozen=True, eq=False)
+class Relaxed:
+    """<rows, f(t)> >= <low rows + gap below, t> + <rows, first> + <below, second>, with below = min(rows, 0).
+
+    Shapes are those of `Lines`, whose offsets are here, with errors; no `first` is 0.
+    """
+
+    low: Tensor
+    gap: Tensor
+    first: Tensor | None
+    second: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Activation(Layer):
     """A non-decreasing function of single values, with a slope of at most 1 everywhere."""
 
@@ -60,22 +73,33 @@ class Activation(Layer):
         rounding: Rounding | None,
         steps: int,
     ) -> Pulled:
-        before = inputs[0]
-        lines = self.lines(before.lower.unsqueeze(1), before.upper.unsqueeze(1), slope)
-        if lines.lower_offset is None:
-            new, constant, _ = _Crossing.apply(rows, lines.lower_slope, lines.upper_slope, lines.upper_offset)
+        relaxed = self.relaxed(inputs[0], output, slope, rounding, rows[0, 0].numel() + 4 * steps)
+        if relaxed.first is None:
+            new, constant, _ = _Crossing.apply(rows, relaxed.low, relaxed.gap, relaxed.second)
         else:
-            # Positive entries meet the lower line, negative ones the upper one.
             below = rows.clamp(max=0.0)
-            new = torch.addcmul(rows * lines.lower_slope, below, lines.upper_slope - lines.lower_slope)
-            constant = _inner(rows, lines.lower_offset) + _inner(below, lines.upper_offset - lines.lower_offset)
-        if rounding is not None:
-            count = rows[0, 0].numel() + 4 * steps
-            slack = rounding.backward(0, count) * (before.size + output.size) + rounding.least(count)
-            if self.computed:
-                slack = slack + self._error(before, output, rounding)
-            constant = constant - inner(rows.abs(), slack)
+            new = torch.addcmul(rows * relaxed.low, below, relaxed.gap)
+            constant = _inner(rows, relaxed.first) + _inner(below, relaxed.second)
         return Pulled((new,), constant)
+
+    def relaxed(
+        self, before: Interval, output: Interval, slope: str | Tensor, rounding: Rounding | None, count: int
+    ) -> Relaxed:
+        """What a backward pass needs, which adds up `count` numbers: of all rows the same."""
+        lines = self.lines(before.lower.unsqueeze(1), before.upper.unsqueeze(1), slope)
+        low, first, second = lines.lower_slope, lines.lower_offset, lines.upper_offset
+        # Positive entries meet the lower line, negative ones the upper one.
+        second = second if first is None else second - first
+        if rounding is not None:
+            # |rows| = rows - 2 below
+            slack = self._slack(before, output, rounding, count).unsqueeze(1)
+            first = -slack if first is None else first - slack
+            second = second + 2 * slack
+        return Relaxed(low, lines.upper_slope - low, first, second)
+
+    def _slack(self, before: Interval, output: Interval, rounding: Rounding, count: int) -> Tensor:
+        slack = rounding.backward(0, count) * (before.size + output.size) + rounding.least(count)
+        return slack + self._error(before, output, rounding) if self.computed else slack
 
     def _error(self, before: Interval, output: Interval, rounding: Rounding) -> Tensor:
         unit = ULPS * 2 * (rounding.network + rounding.ours)
@@ -88,7 +112,7 @@ class Activation(Layer):
 
 
 class _Crossing(torch.autograd.Function):
-    """Rows [B, S, ...] through lines of which the lower one meets 0: a r for r > 0, d r for r < 0, and sum d0 r there.
+    """Rows [B, S, ...] through lines of which the lower one meets 0: a r, for r < 0 with g r more, and sum d0 r there.
 
     What autograd would do by itself, in fewer passes over the largest tensors of a backward bound.
     """
@@ -96,9 +120,9 @@ class _Crossing(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows: Tensor, low: Tensor, high: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(rows: Tensor, low: Tensor, gap: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         below = rows.clamp(max=0.0)
-        return torch.addcmul(rows * low, below, high - low), _inner(below, offset), below
+        return torch.addcmul(rows * low, below, gap), _inner(below, offset), below
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -108,20 +132,20 @@ class _Crossing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, high, offset, below = ctx.saved_tensors
+        rows, low, gap, offset, below = ctx.saved_tensors
         by_rows, by_constant, _ = gradients
         by_constant = by_constant.view(*by_constant.shape, *[1] * (rows.ndim - 2))
-        by_low = by_high = by_offset = None
+        by_low = by_gap = by_offset = None
         if ctx.needs_input_grad[1]:
-            by_low = (by_rows * (rows - below)).sum_to_size(low.shape)
+            by_low = (by_rows * rows).sum_to_size(low.shape)
         if ctx.needs_input_grad[2]:
-            by_high = (by_rows * below).sum_to_size(high.shape)
+            by_gap = (by_rows * below).sum_to_size(gap.shape)
         if ctx.needs_input_grad[3]:
             by_offset = (below * by_constant).sum_to_size(offset.shape)
-        # Of negative entries high g + offset c, of positive ones low g: the former where it is not taken back.
-        taken = torch.addcmul(by_rows * (low - high), offset, by_constant, value=-1.0)
-        taken = torch.ops.aten.threshold_backward(taken, rows, 0)
-        return taken.addcmul(by_rows, high).addcmul(offset, by_constant), by_low, by_high, by_offset
+        # Of negative entries gap g + offset c more than of positive ones: this, where it is not taken back.
+        more = torch.addcmul(by_rows * gap, offset, by_constant)
+        back = torch.ops.aten.threshold_backward(more, rows, 0)
+        return more.sub(back).addcmul(by_rows, low), by_low, by_gap, by_offset
 
 
 def _inner(rows: Tensor, values: Tensor) -> Tensor:
@@ -153,6 +177,11 @@ class Rectifier(Activation):
             middle, radius, _ = _RectifiedBall.apply(inputs[0].middle, inputs[0].radius)
             return Interval.around(middle, radius)
         return super().bounds(inputs, rounding)
+
+    def _slack(self, before: Interval, output: Interval, rounding: Rounding, count: int) -> Tensor:
+        slack = super()._slack(before, output, rounding, count)
+        # What is off is 0 in every arithmetic.
+        return slack if self.leak else slack.where(before.upper > 0, 0.0)
 
     def lines(self, lower: Tensor, upper: Tensor, slope: str | Tensor) -> Lines:
         tiny = torch.finfo(lower.dtype).tiny

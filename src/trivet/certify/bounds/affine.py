@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trivet.certify.bounds.interval import Norm, dual_norm
 from trivet.certify.bounds.layer import Affine, Layer
-from trivet.certify.bounds.moving import Moving, Scale
+from trivet.certify.bounds.moving import Reshaping, Scale
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -152,5 +152,5 @@ def merged(layers: Sequence[Layer], inputs: Sequence[tuple[int, ...]]) -> list[L
             earlier = found[node - 1]
             whole = earlier.scaled(layer) if isinstance(earlier, (Linear, Convolution)) else None
             if whole is not None:
-                found[node - 1], found[i] = whole, Moving(lambda x: x)
+                found[node - 1], found[i] = whole, Reshaping(lambda x: x)
     return found

@@ -144,8 +144,11 @@ def pad(build: Builder, x: Flow, amounts: Sequence[int], mode: str = "constant",
     def padded(each: Tensor) -> Tensor:
         return F.pad(each, list(amounts))
 
+    before = (amounts[0], amounts[2]) if len(amounts) == 4 else None
+    if fill == 0:
+        return build.add(lambda _: Padding(padded, None, before), x)
     filled = fill * (1 - padded(torch.ones_like(build.values[x.node][0])))
-    return build.add(lambda read: Padding(padded, read(filled)), x)
+    return build.add(lambda read: Padding(padded, read(filled), before), x)
 
 
 def _cat(build: Builder, tensors: Sequence[Any], dim: int = 0) -> Flow:

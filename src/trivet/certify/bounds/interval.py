@@ -86,12 +86,15 @@ class Interval:
 
     def least(self, rows: Tensor, rounding: Rounding | None) -> Tensor:
         """A lower bound of <row, value> over the box, [B, S] for rows [B or 1, S, ...]; attained up to rounding."""
-        rows, radius = rows.flatten(2), self.radius
-        if rounding is not None:
-            radius = radius + gamma(2 * rows.shape[2] + 64, rounding.ours) * self.size
-        elif len(rows) == 1:  # the same for all
+        rows = rows.flatten(2)
+        radius = self.spread(rounding, rows.shape[2])
+        if rounding is None and len(rows) == 1:  # the same for all
             return F.linear(self.middle.flatten(1), rows[0]) - F.linear(radius.flatten(1), rows[0].abs())
         return (rows @ _column(self.middle) - rows.abs() @ _column(radius)).squeeze(2)
+
+    def spread(self, rounding: Rounding | None, count: int) -> Tensor:
+        """The radius, widened by the errors of adding up `count` products with middle and radius."""
+        return self.radius if rounding is None else self.radius + gamma(2 * count + 64, rounding.ours) * self.size
 
 
 class _Around(Interval):
@@ -134,6 +137,10 @@ class Domain(ABC):
         """The same set, described in another type."""
 
     @abstractmethod
+    def __getitem__(self, records: slice) -> Domain:
+        """The sets of some of the records."""
+
+    @abstractmethod
     def check(self) -> None:
         """Asked before anything is proved. In training it is not: it waits for the device, and vmap does not allow it.
 
@@ -173,6 +180,9 @@ class Box(Domain):
     @property
     def dtype(self) -> torch.dtype:
         return self.lower.dtype
+
+    def __getitem__(self, records: slice) -> Box:
+        return Box(self.lower[records], self.upper[records])
 
     def to(self, dtype: torch.dtype) -> Box:
         return self if dtype == self.dtype else Box(self.lower.to(dtype), self.upper.to(dtype))
@@ -220,6 +230,9 @@ class Ball(Domain):
     @property
     def dtype(self) -> torch.dtype:
         return self.x.dtype
+
+    def __getitem__(self, records: slice) -> Ball:
+        return Ball(self.x[records], self.eps[records], self.norm, self.clip)
 
     def to(self, dtype: torch.dtype) -> Ball:
         if dtype == self.dtype:

@@ -163,8 +163,10 @@ class Affine(Layer):
         c = self.constant()
         constant = rows.new_zeros(rows.shape[:2]) if c is None else inner(rows, c.expand(rows.shape[2:])[None])
         if rounding is not None:
-            count = rows[0, 0].numel() + 4 * steps
-            error = rounding.backward(self.operations, count)
-            slack = error * self.error_size(*(each.size for each in inputs)) + rounding.least(self.operations + count)
-            constant = constant - inner(rows.abs(), slack)
+            constant = constant - inner(rows.abs(), self.slack(inputs, rounding, rows[0, 0].numel() + 4 * steps))
         return Pulled(new, constant)
+
+    def slack(self, inputs: Sequence[Interval], rounding: Rounding, count: int) -> Tensor:
+        """Errors of a step backward for coefficients of size 1, [B, ...]; the pass adds up `count` numbers."""
+        error = rounding.backward(self.operations, count)
+        return error * self.error_size(*(each.size for each in inputs)) + rounding.least(self.operations + count)

@@ -33,7 +33,7 @@ def _convolution(build: Builder, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: F
     elif before[::2] == before[1::2]:
         padding = tuple(reversed(before[::2]))
     else:
-        x = build.move(lambda value: F.pad(value, before), x)
+        x = pad(build, x, before)
 
     def make(read: Reader) -> Convolution:
         weight, bias = read(module.weight), read.optional(module.bias)

@@ -78,11 +78,15 @@ class Reshaping(Moving):
 
 @dataclass(frozen=True, eq=False)
 class Padding(Moving):
-    """Padding with a number other than 0: `move` pads with 0, `filled` is what is added to that."""
+    """Padding: `move` pads with 0, and where another number is meant, `filled` is what is added to that.
 
-    filled: Tensor
+    `before` says how far a map has moved, in the last axis and in the one before it.
+    """
 
-    def constant(self) -> Tensor:
+    filled: Tensor | None = None
+    before: tuple[int, int] | None = None
+
+    def constant(self) -> Tensor | None:
         return self.filled
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trivet.certify.bounds.activations import Rectifier
 from trivet.certify.bounds.affine import merged
 from trivet.certify.bounds.interval import Ball, Box, Domain, Interval
+from trivet.certify.bounds.neurons import Neurons
 from trivet.certify.bounds.propagation import Lines, Propagation
 from trivet.certify.bounds.rounding import Arithmetic, Rounding
 from trivet.certify.bounds.slopes import chosen
@@ -213,11 +214,13 @@ class Network:
         signs: Mapping[int, Tensor] | None,
     ) -> list[Interval]:
         def pull(rows: Tensor, node: int, found: Sequence[Interval]) -> Lines:
-            if method == "alpha-crown":
-                return self._pull_best(use, rows, node, found, signs)
-            return use.pull(rows, node, found, slope)
+            return self._pull_best(use, rows, node, found, signs)
 
-        return use.intervals(known, pull=None if method in ("ibp", "crown-ibp") else pull, signs=signs)
+        def tighten(node: int, found: Sequence[Interval]) -> Interval:
+            return use.tightened(node, found, pull)
+
+        ways = {"crown": Neurons(use, slope).tightened, "alpha-crown": tighten}
+        return use.intervals(known, tighten=ways.get(method), signs=signs)
 
     def _given(
         self,

@@ -38,22 +38,22 @@ class Propagation:
         self,
         known: Sequence[Interval] | None = None,
         *,
-        pull: Callable[[Tensor, int, Sequence[Interval]], Lines] | None = None,
+        tighten: Callable[[int, Sequence[Interval]], Interval] | None = None,
         signs: Mapping[int, Tensor] | None = None,
     ) -> list[Interval]:
         """Of every node, layer by layer, never looser than `known`, and on the side of 0 that `signs` say.
 
-        With `pull`, which finds a lower bound of <rows, node>, the inputs of nonlinear layers are tightened by backward
-        passes for each of their neurons, as far as it can help: those whose relaxation is exact already are left out.
+        `tighten` finds a tighter interval of a node, given all up to it; it is asked of the inputs of nonlinear layers,
+        where that can help.
         """
         found = [self.domain.interval(self.rounding)]
         found[0] = found[0].intersect(known[0]) if known else found[0]
-        rough = self._rough() if pull is not None else ()
+        rough = self._rough() if tighten is not None else ()
         for node, layer in enumerate(self.layers, 1):
             interval = layer.bounds([found[i] for i in self.inputs[node - 1]], self.rounding)
             found.append(interval.intersect(known[node]) if known else interval)
-            if node in rough and pull is not None:
-                found[node] = self._tightened(node, found, pull)
+            if node in rough and tighten is not None:
+                found[node] = tighten(node, found)
             if signs and node in signs:
                 found[node] = found[node].on(signs[node])
         return found
@@ -129,19 +129,22 @@ class Propagation:
         return rough
 
     @torch.no_grad()
-    def _loose(self, node: int, interval: Interval) -> Tensor:
+    def loose(self, node: int, interval: Interval) -> Tensor:
         """[B, numbers]: where a tighter interval would tighten something."""
         readers = [layer for layer, before in zip(self.layers, self.inputs, strict=True) if node in before]
         if all(isinstance(each, Rectifier) for each in readers):
             return ((interval.lower < 0) & (interval.upper > 0)).flatten(1)
         return (interval.lower < interval.upper).flatten(1)
 
-    def _tightened(
+    def tightened(
         self, node: int, intervals: Sequence[Interval], pull: Callable[[Tensor, int, Sequence[Interval]], Lines]
     ) -> Interval:
-        """Interval number `node` where its neurons are loose, by backward passes for them and their negatives."""
+        """Interval number `node` where its neurons are loose, by backward passes for them and their negatives.
+
+        `pull` finds a lower bound of <rows, node>. Neurons whose relaxation is exact already are left out.
+        """
         old = intervals[node]
-        loose = self._loose(node, old)
+        loose = self.loose(node, old)
         most = int(loose.sum(1).max()) if loose.numel() else 0
         if not most:
             return old
