@@ -73,7 +73,8 @@ def fit_pairs(latents: Sequence[Tensor], kind: Kind, generator: torch.Generator)
     Two thirds of each class are fitted, the last third is what `accuracy` is measured on. "attention" takes the
     authors' 10 epochs of SGD at rate 0.01, one record of each pair a step, all pairs side by side; it ends near where
     it started if features are small: on the digits (100 features of a mean length near 30) the cosine between its
-    normals and the exact ones was 0.38, though both are right on 99.5 % of the rest. "linear" solves the same problem without attention by scikit-learn's LinearSVC.
+    normals and the exact ones was 0.38, though both are right on 99.5 % of the rest. "linear" solves the same problem
+    without attention by scikit-learn's LinearSVC.
     """
     classes = len(latents)
     fitted = [each[: len(each) - len(each) // 3] for each in latents]
