@@ -11,8 +11,8 @@ epochs.
 Adaptive figures attack the rival itself: PGD of 40 margin steps with 3 restarts, and AutoAttack. Static ones show
 every rival the same images, made against another plain network: FGSM, PGD, and LADDER's own border images of the test
 records, drawn by a decoder and SVMs that were fitted to that network after its training, as published; `source` says
-what these are worth on that network. Means over rounds come with 95 % t-intervals, and so do differences to plain
-training and to PGD-AT, paired by round.
+what these are worth on that network. Every share has its exact 95 % interval over the records; means over rounds, and
+their differences to plain training and to PGD-AT, paired by round, have 95 % t-intervals.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from trivet.objectives.pgd_at import PgdAt
 from trivet.objectives.plain import Plain
 from trivet.objectives.trades import Trades
 from trivet.randomness import generator
+from trivet.statistics import Rate
 from trivet.threats.attack import Target
 from trivet.threats.autoattack import AutoAttack
 from trivet.threats.linf import Linf
@@ -125,20 +126,21 @@ def figures(model: nn.Module, batch: Batch, images: Mapping[str, Tensor], seed: 
     return found
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean, and half the width of its 95 % t-interval."""
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, and half the width of its 95 % t-interval; None of a single value."""
     n = len(values)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else None
     return {"mean": statistics.fmean(values), "half": half}
 
 
-def table(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+def table(rounds: Sequence[Mapping[str, Mapping[str, float]]], records: int) -> list[dict[str, Any]]:
     rows = []
     for rival, columns in rounds[0].items():
         row: dict[str, Any] = {"training": rival}
         for column in columns:
             values = [each[rival][column] for each in rounds]
             row[column] = {**interval(values), "rounds": values}
+            row[column]["95 % over records"] = [Rate(round(value * records), records).interval for value in values]
             for other in ("plain", "PGD-AT"):
                 paired = [value - each[other][column] for value, each in zip(values, rounds, strict=True)]
                 row[column][f"minus {other}"] = interval(paired)
@@ -158,7 +160,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found[rival] = figures(trained(objective, splits, seed, options.epochs), batch, images, seed)
             print(seed, rival, {name: round(value, 3) for name, value in found[rival].items()}, flush=True)
         rounds.append(found)
-        results = {"records": len(batch), "eps": THREAT.eps, "source": sources, "table": table(rounds)}
+        results = {"records": len(batch), "eps": THREAT.eps, "source": sources, "table": table(rounds, len(batch))}
         harness.save(options, {**results, "rounds measured": len(rounds)})
     return results
 
