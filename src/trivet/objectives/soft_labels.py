@@ -22,6 +22,9 @@ class SoftLabels(Objective):
     D_yj is the height of the lowest common ancestor of the classes y and j, divided by that of the tree. No attack is
     in it, and it promises no robustness: it is what targeted adversarial training for mild mistakes is set against.
 
+    Measured (results/mistake-severity.json; digits, perceptron 128-64, means of 4 seeds): severity under AutoAttack at
+    l_inf 0.1 is 2.14 against 2.28 of plain training, and accuracy 32.7 % against 44.7 %.
+
     Attributes:
         hierarchy: the tree of the classes, which stand in the order of the labels.
         beta: the larger, the harder the labels; the published range is 4 to 30, without bound it is plain training.
