@@ -59,8 +59,8 @@ class Atfs(Adversary, Objective):
         L_inter alone        98.6 %      83.7 %            0.80, 0.30                   2.5
 
     Each accuracy under attack has an exact 95 % interval of 4 points either way, so that there is nothing to choose.
-    Classes move apart, but with tied weights they are no tighter than after PGD-AT. Transferred attacks left more than AutoAttack everywhere, and
-    Square, which needs no gradients, found one record more at most: no sign of masking.
+    Classes move apart, but with tied weights they are no tighter than after PGD-AT. Transferred attacks left more than
+    AutoAttack everywhere, and Square, which needs no gradients, found one record more at most: no sign of masking.
 
     No certificate: features set apart are no evidence of robustness, and losses of their kind have masked gradients
     before (Mustafa et al., ICCV 2019). Judge it by AutoAttack.
