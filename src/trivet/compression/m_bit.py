@@ -13,7 +13,7 @@ from trivet.errors import require
 from trivet.methods import method
 
 
-@method(title="m-bit weights", paper="Yin et al., SIAM J. Imaging Sciences 2018", year=2018, legs="small")
+@method(name="m_bit", title="m-bit weights", paper="Yin et al., SIAM J. Imaging Sciences 2018", year=2018, legs="small")
 @dataclass(frozen=True)
 class MBit(Projection):
     """A point of s {-L, …, -1, 0, 1, …, L}, L = 2^(bits - 1) - 1, near the weight: bits = 4 has 15 levels.
