@@ -104,7 +104,19 @@ class JSigr(Objective):
 
     Under a private gradient rule set `engine: materialised`, which follows derivatives inside a loss.
 
-    It promises nothing; gradient penalties are known to mask gradients in part, so judge it by AutoAttack.
+    It promises nothing. What the evidence shows (bench/j_sigr.py: perceptron (128, 64) on the digits, 20 epochs, means
+    of 3 seeds; accuracy, left by AutoAttack at l_inf 0.1, left of examples transferred from plain networks at 0.1 | at
+    0.2, share of the loss's gradient on pixels that do not matter):
+
+        plain                  97.8    43.1    62.3 |  6.9    0.84
+        Jacobian term alone    97.2    74.1    81.3 | 33.2    0.61
+        J-SIGR                 96.9    78.6    84.1 | 42.2    0.59
+        the same, unselective  96.7    78.5    84.5 | 42.8    0.60
+        PGD-AT                 97.7    81.5    86.0 | 42.3    0.71
+
+    So it withstands transferred attacks far better than plain training, as claimed, but not better than PGD-AT does,
+    which the paper calls ineffective there; gradients stray less. The selection itself bought nothing in accuracy
+    (0.2 points clean, 95 % interval -0.6 to 1.0). Gradients were not masked: Square broke 0.1 % after the others.
 
     Attributes:
         lam_j: weight of the Jacobian term, inputs in [0, 1] and logits as they are.
