@@ -24,7 +24,12 @@ from trivet.threats.losses import cross_entropy
 class AltAt(MultiPerturbation, Objective):
     """min_theta CE(z(A_i(x)), y) with i = t mod k in step t: one attack a step, where AVG and MAX make all k.
 
-    A step costs as much as one of `PgdAt`. The order of the types is that of `threat`.
+    A step makes one attack, so that training costs one k-th of AVG. The order of the types is that of `threat`.
+
+    What the evidence shows: digits, a perceptron (128, 64), l_inf 0.1 and l_1 2, 30 epochs, one run each, 355 test
+    records, attacks with and without gradients, `results/multi-perturbation.json`. Accuracy left against the union:
+    60.0 % for this, 61.4 % for AVG and for AVG at half the rate, 64.2 % for AVG in half the batch, 65.6 % for MAX. Each
+    has an exact 95 % interval of 5 points either way, so that only the direction agrees with the authors' remark.
     """
 
     def turn(self, progress: Progress) -> int:
