@@ -438,6 +438,7 @@ def test_intervals_of_a_transposed_convolution_contain_the_exact_ones_and_hardly
         (nn.Softplus(beta=-1.0), "beta=-1.0 has no bounds"),
         (nn.CELU(-0.5), "alpha=-0.5 has no bounds"),
         (nn.Softmax(0), "compares the records of a batch"),
+        (Doing(lambda x: torch.softmax(x, 1, torch.float64)), "keep its type"),
         (nn.LayerNorm(1), "normalises"),
         (nn.GroupNorm(6, 6), "normalises single values"),
         (nn.InstanceNorm1d(6, track_running_stats=True), "running statistics has no bounds"),

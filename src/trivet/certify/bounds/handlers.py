@@ -49,7 +49,8 @@ def _celu(build: Builder, x: Flow, alpha: float = 1.0, inplace: bool = False) ->
 
 
 def _softmax(build: Builder, x: Flow, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Flow:
-    refuse_unless(isinstance(dim, int) and dtype is None, "must say over which axis, and keep its type")
+    typed = dtype is not None or not isinstance(_stacklevel, int)  # which may stand where F.softmax has its depth
+    refuse_unless(isinstance(dim, int) and not typed, "must say over which axis, and keep its type")
     axis = dim if dim >= 0 else dim + x.rank + 1
     refuse_unless(axis >= 1, "compares the records of a batch")
     last = x.rank
@@ -195,7 +196,7 @@ def _quantised_by_channel(
 
 def _on_grid(build: Builder, x: Flow, scale: Any, zero: Any, least: int, most: int, shape: tuple[int, ...]) -> Flow:
     def make(read: Reader) -> Staircase:
-        step, shift = (read(build.tensor(each).to(build.values[0].dtype)).reshape(shape) for each in (scale, zero))
+        step, shift = (read(build.tensor(each).float()).reshape(shape) for each in (scale, zero))
         return Staircase(torch.round, 0.5, 0.5, step, least - shift, most - shift)
 
     return build.keeping_shape(make, x)
