@@ -53,7 +53,8 @@ class Ladder(Objective):
     memory and the SVMs are state: a resumed run is the same run. Every x' depends on other records through them.
 
     What the evidence shows (`bench/ladder.py`: digits, a perceptron of 64, 30 epochs, l_inf 0.1, 355 test records, seed
-    0, +- 5 points; the limit 8 of the search was chosen after 40 cost `small_cnn` 6 points of clean accuracy): the better balance that is claimed is not seen. Left by AutoAttack | clean, in %:
+    0, +- 5 points; the limit 8 of the search was chosen after 40 cost `small_cnn` 6 points of clean accuracy): the
+    better balance that is claimed is not seen. Left by AutoAttack | clean, in %:
 
         plain 49 | 97    as published 50 | 97    to the border 48 | 95    PGD-AT 75 | 95    TRADES 74 | 94
 
