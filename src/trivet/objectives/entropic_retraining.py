@@ -83,9 +83,9 @@ class EntropicRetraining(Objective):
     perceptron (128, 64) on the digits, 20 epochs and 10 of retraining, 3 seeds; paired with plain retraining, means and
     95 % intervals). 10 epochs of PGD-AT do lower the mean entropies of both hidden layers (by 0.013, 0.008 to 0.018,
     and 0.015, 0.001 to 0.029), and this lowers the first by 0.028 (0.015 to 0.041). But AutoAttack at l_inf 0.1 leaves
-    43.8 %, 1.4 points more (-0.4 to 3.3), where PGD-AT gains 19.6 (19.2 to 20.0). With both layers pushed it is 0.7 more (-2.8
-    to 4.1), with an l_1 penalty on activity instead 2.2 (-1.0 to 5.3). Low entropy goes along with robustness here, it
-    does not make it.
+    43.8 %, 1.4 points more (-0.4 to 3.3), where PGD-AT gains 19.6 (19.2 to 20.0). With both layers pushed it is 0.7
+    more (-2.8 to 4.1), with an l_1 penalty on activity instead 2.2 (-1.0 to 5.3). Low entropy goes along with
+    robustness here, it does not make it.
 
     Entropy has no scale, so combine it with weight decay; the log has the share of active units, for a dead layer has
     entropy 0 and no gradient. Activations with a sign (after BatchNorm, or of tanh) count by their size.
