@@ -19,6 +19,7 @@ from trivet.threats.fab import FAB, FABT
 from trivet.threats.l1 import L1
 from trivet.threats.l2 import L2
 from trivet.threats.linf import Linf
+from trivet.threats.logit_scaled import LogitScaledPGD
 from trivet.threats.pgd import PGD, fgsm, random_fgsm
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
@@ -34,6 +35,7 @@ ATTACKS: dict[str, Callable[[ThreatModel], Attack]] = {
     "fab": lambda threat: FAB(threat, steps=5, restarts=2),
     "fab_t": lambda threat: FABT(threat, steps=6, targets=4),
     "square": lambda threat: Square(threat, queries=200),
+    "logit_scaled": lambda threat: LogitScaledPGD(threat, steps=5),
     "autoattack": QuickAutoAttack,
 }
 THREATS = {"linf": Linf(0.08), "l2": L2(0.4), "l1": L1(2.0)}
