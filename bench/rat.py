@@ -164,7 +164,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
                 seconds = time.process_time() - start
                 found = judged(model, splits, old, seed, options.points)
                 runs.append({"training": name, "size": size, "seed": seed, **found, "train_seconds": seconds})
-                harness.save(options, {"runs": runs})
+                harness.save(options, {"table": table(runs), "runs": runs})
     return runs
 
 

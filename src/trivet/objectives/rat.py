@@ -37,8 +37,12 @@ class Rat(UniversalSearch, Objective):
     at the start of each of `rounds` equal parts of what remains. A step costs 1 + |R| passes forward and backward,
     that of PGD-AT with as many steps; the searches come on top, a few in all of training.
 
-    Claimed: much robustness from a very small training set, also against FGSM. Universal perturbations found before a
-    round lose their effect, ones found anew do not: only the latter may stand behind a claim.
+    Claimed: much robustness from a very small training set, also against FGSM. What the evidence shows (digits, a plain
+    perceptron (128, 64) trained on for 300 steps on 50 records; v at 0.3, judged at l_inf 0.1 on 150 records; means of
+    3 seeds): AutoAttack leaves 49 % (42 before, 42 with random signs in place of v, 53 after PGD-AT at 0.1 on the same
+    records: 3.8 points more, 95 % interval 1.2 to 6.3), FGSM 56 % (49 before, 57 PGD-AT); clean 91 % (98 before, 94
+    PGD-AT). So the claim holds in direction, and PGD-AT does it better. Universal perturbations from before succeed in
+    25 % (75 before), ones found anew in 48 % (62 after PGD-AT): only the latter may stand behind a claim.
 
     Attributes:
         threat: the ball of v, an l_inf or l_2 ball; the published radii are larger than those of attacks on single

@@ -146,7 +146,8 @@ class TargetedUniversal(UniversalSearch, Attack):
     who knows them; for one who does not, see `success_of`. It stands far above the accuracy left by PGD, and says
     nothing about it. Larger batches make perturbations that transfer better, and attack each record less.
 
-    Digits, perceptron (128, 64), eta 0.3, searched on 80 training records: see `bench/rat.py` for what they do.
+    Digits, perceptron (128, 64), l_inf 0.3, searched on 100 training records in 3 passes: on test records of other
+    classes they succeed in 74 to 76 % (mean of the ten targets; three networks), random signs of that length in 0 to 2 %.
     """
 
     def search(self, model: Target, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
