@@ -147,24 +147,25 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A run for each round, size and rival, saved when it is done; what is in --out already stays."""
     splits, runs = digits(), earlier(options)
     shape, classes = splits.train.input_shape, splits.train.num_classes
+    done = {(run["seed"], run["size"], run["training"]) for run in runs}
+    names = [name for name in rivals() if not options.only or name in options.only]
+    wanted = [(0, "before"), *((size, name) for size in options.sizes for name in names)]
     for seed in range(options.seed, options.seed + options.rounds):
+        missing = [(size, name) for size, name in wanted if (seed, size, name) not in done]
+        if not missing:
+            continue
         first = mlp(shape, classes, (128, 64), generator=generator(seed, "weights"))
         base = trained(Plain(), first, splits, seed, argparse.Namespace(steps=900, lr=2e-3))
         old = universal(base, splits, seed)
-        for size in (0, *options.sizes):
+        for size, name in missing:
             chosen = torch.randperm(len(splits.train), generator=generator(seed, "records"))[: size or None]
             few = Splits(splits.train.select(chosen.sort().values), splits.test)
-            for name, objective in rivals().items() if size else {"before": Plain()}.items():
-                if size and options.only and name not in options.only:
-                    continue
-                if any((run["seed"], run["size"], run["training"]) == (seed, size, name) for run in runs):
-                    continue
-                start = time.process_time()
-                model = trained(objective, base, few, seed, options) if size else base
-                seconds = time.process_time() - start
-                found = judged(model, splits, old, seed, options.points)
-                runs.append({"training": name, "size": size, "seed": seed, **found, "train_seconds": seconds})
-                harness.save(options, {"table": table(runs), "runs": runs})
+            start = time.process_time()
+            model = trained(rivals()[name], base, few, seed, options) if size else base
+            seconds = time.process_time() - start
+            found = judged(model, splits, old, seed, options.points)
+            runs.append({"training": name, "size": size, "seed": seed, **found, "train_seconds": seconds})
+            harness.save(options, {"table": table(runs), "runs": runs})
     return runs
 
 

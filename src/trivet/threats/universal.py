@@ -147,7 +147,7 @@ class TargetedUniversal(UniversalSearch, Attack):
     nothing about it. Larger batches make perturbations that transfer better, and attack each record less.
 
     Digits, perceptron (128, 64), l_inf 0.3, searched on 100 training records in 3 passes: on test records of other
-    classes they succeed in 74 to 76 % (mean of the ten targets; three networks), random signs of that length in 0 to 2 %.
+    classes they succeed in 74 to 76 % (mean of the ten targets; three networks), random signs as long in 0 to 2 %.
     """
 
     def search(self, model: Target, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
