@@ -18,6 +18,7 @@ from trivet.compression.hydra import Hydra
 from trivet.compression.masks import Mask
 from trivet.data.dataset import Dataset, Splits
 from trivet.methods import build
+from trivet.privacy.budget import spendings
 from trivet.training import fit as fit_module
 from trivet.training.folder import RunFolder
 from trivet.training.pipeline import load_into, run_stages
@@ -212,6 +213,17 @@ def test_under_a_private_rule_the_budgets_of_all_three_stages_compose(
     (claim,) = (claim for claim in private.ledger.holding if isinstance(claim, PrivacyClaim))
     assert claim.artefact == private.artefact
     assert float((private.model[4].weight == 0).float().mean()) == 0.75
+
+
+def test_every_private_stage_takes_all_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIVET_BUDGET", str(tmp_path / "budget"))
+    rule = {"name": "dp_sgd", "max_grad_norm": 1.0, "delta": 1e-3, "noise_multiplier": 1.0}
+    stages = [stage(rule=rule, epochs=3), stage(compression=HYDRA, rule=rule, epochs=1), stage(rule=rule, epochs=2)]
+    history = run(tmp_path / "run", *stages).history
+    logged = [(line["stage"], line["step"]) for line in RunFolder.open(tmp_path / "run").read_log()]
+    assert {(number, each["steps"] - 1) for number, each in enumerate(history)} <= set(logged)
+    assert [each["privacy"]["steps"] for each in history] == [each["steps"] for each in history] == [12, 4, 8]
+    assert sum(each.steps for each in spendings()) == 24
 
 
 def test_scores_learnt_without_a_private_rule_end_the_privacy_claim(

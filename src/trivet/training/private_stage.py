@@ -36,13 +36,15 @@ class PrivateStage:
         self.event, self.delta = plan.mechanism.event, plan.rule.delta
         self.spender: Spender | None = None
         if plan.secret:
+            # Each stage has an account of its own, also where several of a run have the same name.
+            stage = f"{self.files.name}-{self.files.number}" if self.files.number else self.files.name
             run, purpose = self.files.run, "training" if context.budget_of is None else "leak test"
             spending = Spending(
                 data=self.digest,
                 name=train.name,
                 records=len(train),
                 run=run.identity,
-                stage=self.files.name,
+                stage=stage,
                 path=str(run.path.resolve()),
                 event=self.event,
                 steps=0,
