@@ -20,9 +20,9 @@ _INSIDE = 1 - 1e-6  # atanh(±1) is infinite
 class CarliniWagner(Attack):
     """min over w of ||x' - x||_2^2 + c max(z_y - max_{j != y} z_j, -kappa),   x' = (tanh(w) + 1) / 2 in [0, 1].
 
-    Adam on w, `steps` times for each of `searches` values of c: halved where an adversarial point was found, ten
-    times as much while none was, and bisected between, point by point. The nearest adversarial point of all counts, and breaks the threat if it
-    lies within its radius. The threat must be an l_2 ball.
+    Adam on w, `steps` times for each of `searches` values of c: halved where an adversarial point was found, ten times
+    as much while none was, and bisected between, point by point. The nearest adversarial point of all counts, and
+    breaks the threat if it lies within its radius. The threat must be an l_2 ball.
 
     Attributes:
         steps: Adam's steps for each c.
