@@ -12,15 +12,19 @@ without it ours is timed alone. Three tables for each network:
 - tightness: the mean least margin of each row above, and the largest amount by which ours lies below the peer's.
 
 Networks have random weights, drawn as for training by IBP where that exists, scaled so that bounds are of the size of
-the logits. Rows are medians over the rounds.
+the logits. Rows are medians over the rounds, of time on the wall and of time on the processor: other programs move the
+first far more than the second. `cpu_times_of_peer` is the median over the rounds of the peer's processor time divided
+by ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +53,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "eps": 0.005,
         "certified": 4,
         "methods": ("ibp", "crown-ibp", "crown", "alpha-crown"),
+    },
+    "small CNN": {
+        "model": {"name": "small_cnn"},
+        "shape": (1, 28, 28),
+        "batch": 64,
+        "eps": 0.01,
+        "certified": 4,
+        "methods": ("ibp", "crown-ibp", "crown"),
     },
     "CNN7 width 16": {
         "model": {"name": "cnn7", "width": 16, "hidden": 128},
@@ -80,6 +92,32 @@ class Peer:
         shape = self.library.PerturbationLpNorm(norm=float("inf"), eps=eps, x_L=low, x_U=high)
         bounded: Tensor = self.library.BoundedTensor(x, shape)
         return bounded
+
+
+def interleaved(
+    rivals: Mapping[str, Callable[[int], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, dict[str, float]]]:
+    """As `harness.interleaved`, and columns of processor time."""
+    spent: dict[str, list[float]] = {name: [] for name in rivals}
+
+    def counted(name: str) -> Callable[[int], Any]:
+        def turn(number: int) -> Any:
+            start = time.process_time()
+            result = rivals[name](number)
+            spent[name].append(time.process_time() - start)
+            return result
+
+        return turn
+
+    seconds, results = harness.interleaved({name: counted(name) for name in rivals}, rounds)
+    processor = {name: times[1:] for name, times in spent.items()}  # the first turn is not counted
+    ratios = {}
+    for name, times in processor.items():
+        peer = processor.get(f"{name.split(', ')[0].removesuffix(' with inner slopes')}, auto_LiRPA")
+        if peer and "auto_LiRPA" not in name:
+            ratios[name] = statistics.median(theirs / ours for theirs, ours in zip(peer, times, strict=True))
+    medians = {name: statistics.median(times) for name, times in processor.items()}
+    return seconds, results, {"median_cpu_seconds": medians, "cpu_times_of_peer": ratios}
 
 
 def robust_loss(margins: Tensor) -> Tensor:
@@ -146,8 +184,8 @@ def training(name: str, peer: Peer | None, options: argparse.Namespace) -> list[
             rivals[f"{what}, trivet"] = ours(method, clean)
             if peer:
                 rivals[f"{what}, auto_LiRPA"] = theirs(method, clean)
-    seconds, results = harness.interleaved(rivals, options.rounds)
-    return harness.rows(seconds, "plain training step", mean_least_margin=results)
+    seconds, results, processor = interleaved(rivals, options.rounds)
+    return harness.rows(seconds, "plain training step", mean_least_margin=results, **processor)
 
 
 def certification(name: str, peer: Peer | None, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -193,7 +231,7 @@ def certification(name: str, peer: Peer | None, options: argparse.Namespace) -> 
             rivals["alpha-crown with inner slopes, trivet"] = inner
         if peer:
             rivals[f"{method}, auto_LiRPA"] = theirs(method)
-    seconds, results = harness.interleaved(rivals, options.rounds)
+    seconds, results, processor = interleaved(rivals, options.rounds)
     reference = f"{settings['methods'][0]}, trivet"
     least = {rival: float(bound.amin(1).mean()) for rival, bound in results.items()}
     below = {
@@ -201,7 +239,7 @@ def certification(name: str, peer: Peer | None, options: argparse.Namespace) -> 
         for rival, bound in results.items()
         if peer and "auto_LiRPA" not in rival
     }
-    return harness.rows(seconds, reference, mean_least_margin=least, below_peer=below)
+    return harness.rows(seconds, reference, mean_least_margin=least, below_peer=below, **processor)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from trivet.certify.bounds.interval import Norm, dual_norm
 from trivet.certify.bounds.layer import Affine, Layer
@@ -84,6 +85,8 @@ class Convolution(Affine):
         return None if self.bias is None else self.bias.view(-1, *[1] * len(self.stride))
 
     def transposed(self, rows: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+        if self._by_hand(rows):
+            return (self._pulled(rows, shapes[0]),)
         # What the stride leaves over at the end of each axis has no weight, but a place.
         window = zip(
             shapes[0][1:], rows.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
@@ -94,6 +97,19 @@ class Convolution(Affine):
         ]
         transposed = _TRANSPOSED[len(self.stride)]
         return (transposed(rows, self.weight, None, self.stride, self.padding, left, self.groups, self.dilation),)
+
+    def _by_hand(self, rows: Tensor) -> bool:
+        """Where PyTorch has the same product faster than by its transposed convolution."""
+        plain = len(self.stride) == 2 and rows.device.type == "cpu" and not torch.is_grad_enabled()
+        return plain and (rows.dtype == torch.float64 or (self.weight.shape[1] == 1 and self.groups == 1))
+
+    def _pulled(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        if rows.dtype == torch.float64:  # 1.4 to 2.5 times, measured on an x86 core
+            size = (len(rows), *shape)
+            return conv2d_input(size, self.weight, rows, self.stride, self.padding, self.dilation, self.groups)
+        # Of one channel, twice.
+        parts = self.weight.flatten(1).T @ rows.flatten(2)
+        return F.fold(parts, shape[1:], self.weight.shape[2:], self.dilation, self.padding, self.stride)
 
     def row_norms(self, gain: Tensor, norm: Norm) -> Tensor | None:
         if norm == "L2":

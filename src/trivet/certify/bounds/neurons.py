@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ class Neurons:
                 lower[record, part], upper[record, part] = ends[: len(part)], -ends[len(part) :]
         return old.intersect(Interval(lower.view(old.shape), upper.view(old.shape)))
 
+    @cached_property
+    def corners(self) -> tuple[Tensor, Tensor]:
+        """Middle and radius of the box of inputs, with the errors of adding up products with them."""
+        box = self.use.domain.interval(self.use.rounding)
+        return box.middle, box.spread(self.use.rounding, box.shape[1:].numel())
+
     def relaxation(self, at: int, layer: Activation, intervals: Sequence[Interval]) -> Relaxed:
         """Of all records, for rows of node `at`."""
         if at not in self.relaxed:
@@ -117,7 +124,7 @@ class Neurons:
                 )
             ]
             zeros = layer.groups * math.prod(extent) / math.prod(layer.weight.shape[2:])
-            faster = (10 if windows.dtype == torch.float64 else 5) * max(1.0, 16 / seen)
+            faster = 5 * max(1.0, 16 / seen)
             if zeros > faster or 2 * size > self.count:
                 return None
             eye = torch.eye(size, dtype=windows.dtype, device=windows.device).view(size, *windows.shape[1:])
@@ -138,7 +145,7 @@ class _Pass:
         """[2 R], lower bounds of z and of -z."""
         one = self.intervals[self.node].lower.new_ones(len(places))
         self.constant, self.loss = torch.zeros_like(one), torch.zeros_like(one)
-        self.waiting = {self.node: Units(places, one)}
+        self.waiting = {self.node: Units(places, one, plain=True)}
         for at in range(self.node, 0, -1):
             if at in self.waiting:
                 self._through(at)
@@ -374,13 +381,13 @@ class _Pass:
         return self._dense(one, node) + self._dense(other, node)
 
     def _least(self, rows: Rows) -> Tensor:
-        box = self.intervals[0]
-        if isinstance(rows, Windows) and not (isinstance(self.use.domain, Ball) and self.use.domain.norm != "Linf"):
-            whole = self.use.domain.interval(self.use.rounding)
-            middle = whole.middle[self.record]
-            radius = whole.spread(self.use.rounding, middle.numel())[self.record]
+        domain = self.use.domain
+        if isinstance(domain, Ball) and domain.norm != "Linf":
+            dense = self._dense(rows, 0)
+            return domain[self.record : self.record + 1].least(dense[None], self.use.rounding)[0]
+        middle, radius = (each[self.record] for each in self.owner.corners)
+        if isinstance(rows, Windows):
             sizes = (rows.values.abs() * seen(radius, rows)).flatten(1).sum(1)
             return (rows.values * seen(middle, rows)).flatten(1).sum(1) - sizes
-        dense = self._dense(rows, 0)
-        domain = self.use.domain[self.record : self.record + 1]
-        return domain.least(dense[None].reshape(1, len(dense), *box.shape[1:]), self.use.rounding)[0]
+        flat = self._dense(rows, 0).flatten(1)
+        return flat @ middle.flatten() - flat.abs() @ radius.flatten()

@@ -13,10 +13,11 @@ from trivet.certify.bounds.affine import Convolution
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Multiples of rows of the identity: [R] places and factors."""
+    """Multiples of rows of the identity: [R] places and factors, `plain` where all are 1."""
 
     places: Tensor
     factor: Tensor
+    plain: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def scaled_by(rows: Rows, factor: float) -> Rows:
     if isinstance(rows, Tensor):
         return rows * factor
     if isinstance(rows, Units):
-        return replace(rows, factor=rows.factor * factor)
+        return replace(rows, factor=rows.factor * factor, plain=False)
     parting = None if not isinstance(rows, Columns) or rows.parting is None else rows.parting * factor
     new = replace(rows, values=rows.values * factor)
     return new if parting is None or isinstance(new, Windows) else replace(new, parting=parting)
@@ -105,19 +106,23 @@ def scaled(rows: Rows, factor: Tensor, shape: torch.Size) -> Rows:
         return replace(rows, values=rows.values * by)
     flat = whole.reshape(-1)
     if isinstance(rows, Units):
-        return replace(rows, factor=rows.factor * flat[rows.places])
+        return replace(rows, factor=rows.factor * flat[rows.places], plain=False)
     parting = None if rows.parting is None or rows.parts is None else rows.parting * flat[rows.parts]
     return replace(rows, values=rows.values * flat[rows.columns], parting=parting)
 
 
 def multiplied(rows: Units | Columns, weight: Tensor) -> Tensor:
     if isinstance(rows, Units):
-        return weight[rows.places] * rows.factor[:, None]
+        taken = weight.index_select(0, rows.places)
+        return taken if rows.plain else taken * rows.factor[:, None]
     whole = rows.values @ (weight if len(rows.columns) == len(weight) else weight[rows.columns])
     if rows.parting is None or rows.parts is None:
         return whole
     apart = rows.parting @ weight[rows.parts]
-    return torch.cat([apart + whole, apart - whole])
+    both = whole.new_empty(2, *whole.shape)
+    torch.add(apart, whole, out=both[0])
+    torch.sub(apart, whole, out=both[1])
+    return both.flatten(0, 1)
 
 
 # Windows
@@ -140,7 +145,8 @@ def seen_by(rows: Units, layer: Convolution, size: torch.Size) -> Windows:
     height, width = size
     channel, place = rows.places // (height * width), rows.places % (height * width)
     where, corner = place.unique(return_inverse=True)
-    values = layer.weight[channel] * rows.factor.view(-1, 1, 1, 1)
+    values = layer.weight.index_select(0, channel)
+    values = values if rows.plain else values * rows.factor.view(-1, 1, 1, 1)
     if layer.dilation != (1, 1):
         extent = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.weight.shape[2:], strict=True)]
         spread = values.new_zeros(*values.shape[:2], *extent)
@@ -163,12 +169,15 @@ def points(rows: Units, shape: torch.Size) -> Windows:
 
 
 def transposed(values: Tensor, layer: Convolution) -> Tensor:
-    """What the windows [R, C, h, w] see before the layer."""
-    weight = layer.weight
-    if values.dtype == torch.float64:  # where PyTorch is twice as fast so
-        values, weight = (each.contiguous(memory_format=torch.channels_last) for each in (values, weight))
-    new = F.conv_transpose2d(values, weight, None, layer.stride, 0, 0, layer.groups, layer.dilation)
-    return new.contiguous()
+    """What the windows [R, C, h, w] see before the layer, all of it: no padding cuts anything off."""
+    sides = [
+        (side - 1) * stride + dilation * (kernel - 1) + 1
+        for side, stride, dilation, kernel in zip(
+            values.shape[2:], layer.stride, layer.dilation, layer.weight.shape[2:], strict=True
+        )
+    ]
+    shape = torch.Size((layer.weight.shape[1] * layer.groups, *sides))
+    return replace(layer, padding=(0, 0)).transposed(values, [shape])[0]
 
 
 def moved(rows: Windows, left: int, top: int) -> Windows:
