@@ -41,9 +41,9 @@ class Rat(UniversalSearch, Objective):
     perceptron (128, 64) trained on for 300 steps on 50 records; v at 0.3, judged at l_inf 0.1 on 150 records; means of
     3 seeds): AutoAttack leaves 49 % (42 before, 42 with random signs in place of v, 53 after PGD-AT at 0.1 on the same
     records: 3.8 points more, 95 % interval 1.2 to 6.3), FGSM 56 % (49 before, 57 PGD-AT); clean 91 % (98 before, 94
-    PGD-AT). With 200 records, 1 seed:
-    55 %, PGD-AT 63. So the claim holds in direction, and PGD-AT does it better. Universal perturbations from before succeed in
-    25 % (75 before), ones found anew in 48 % (62 after PGD-AT): only the latter may stand behind a claim.
+    PGD-AT). With 200 records, 1 seed: 55 %, PGD-AT 63. So the claim holds in direction, and PGD-AT does it better.
+    Universal perturbations from before succeed in 25 % (75 before), ones found anew in 48 % (62 after PGD-AT): only
+    the latter may stand behind a claim.
 
     Attributes:
         threat: the ball of v, an l_inf or l_2 ball; the published radii are larger than those of attacks on single
