@@ -22,7 +22,7 @@ from trivet.certify.bounds.network import Network
 from trivet.certify.bounds.rounding import Rounding
 from trivet.certify.bounds.softmax import Softmax
 from trivet.certify.bounds.staircase import Staircase
-from trivet.certify.bounds.standardise import Standardise
+from trivet.certify.bounds.standardise import Standardise, _inverse_deviation
 from trivet.certify.bounds.transposed import TransposedConvolution
 from trivet.errors import BadValue
 from trivet.randomness import generator
@@ -252,6 +252,17 @@ def test_the_constants_of_curves_are_true(name: str) -> None:
 @given(st.integers(0, 10_000), st.floats(0.05, 20), st.booleans())
 def test_standardised_values_stay_within_intervals_and_lines(seed: int, scale: float, centred: bool) -> None:
     holds(Standardise(1e-3, centred), *boxes(seed, 2, 3, 5, scale=scale))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_inverse_deviation_lies_between_two_linear_functions(seed: int) -> None:
+    before, points, _ = boxes(seed, 2, 3, 4, scale=0.5)
+    parts = Standardise(0.1, centred=False)._parts(before, None)
+    (below, under), (above, over) = _inverse_deviation(parts)
+    for point in [*points, parts.low, parts.high]:
+        inverse = (point.square().mean(-1, keepdim=True) + 0.1).rsqrt()
+        assert bool(((below * point).sum(-1, keepdim=True) + under <= inverse + TINY).all())
+        assert bool((inverse <= (above * point).sum(-1, keepdim=True) + over + TINY).all())
 
 
 @pytest.mark.parametrize("seed", range(5))
