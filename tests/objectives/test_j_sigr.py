@@ -209,10 +209,11 @@ def test_gradients_of_single_records_can_be_taken_by_vmap(mlp, exact_batch, prog
         torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
-def test_private_training_takes_it_with_materialised_gradients(mlp, batch) -> None:
+@pytest.mark.parametrize("engine", ["auto", "materialised"])
+def test_private_training_takes_it(engine, mlp, batch) -> None:
     records = Dataset(batch.inputs, batch.labels, tuple("abcd"), "records", scale=1.0)
     for objective in (JSigr(), JSigr(projections=None)):
-        require_independence(mlp, objective, records, "materialised")
+        require_independence(mlp, objective, records, engine)
 
 
 def test_the_jacobian_is_that_of_reverse_mode_one_record_at_a_time(mlp, exact_batch) -> None:

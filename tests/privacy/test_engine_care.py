@@ -21,6 +21,7 @@ from per_record import (
     randomised,
 )
 from torch import Tensor, nn
+from torch.func import grad
 
 from trivet.data.dataset import Batch
 from trivet.errors import BadValue
@@ -284,6 +285,16 @@ def test_the_gradient_of_a_gradient_is_found() -> None:
 
     with pytest.raises(BadValue, match="gradient of a gradient"):
         BookKeeping().clipped_sum(network(), batch_of(pixels()), pixels(), losses, clip)
+
+
+def test_losses_that_differentiate_by_torch_func_are_left_to_materialised_gradients() -> None:
+    def losses(model: nn.Module, batch: Batch, perturbed: Tensor) -> Losses:
+        slope = grad(lambda x: plain(model, batch, x).per_example.sum())(perturbed)
+        return Losses(slope.square().flatten(1).sum(1))
+
+    with pytest.raises(BadValue, match="differentiate by torch.func; choose engine='materialised'"):
+        BookKeeping().clipped_sum(network(), batch_of(pixels()), pixels(), losses, clip)
+    assert_exact(engine_for(network()), network(), pixels(), losses)
 
 
 def test_a_gradient_by_the_inputs_inside_the_losses_is_no_record_s_own() -> None:

@@ -102,7 +102,7 @@ class JSigr(Objective):
     Reconstructed from the abstract: the paper's text and training code could not be had. The blur, the grid, the
     thresholds, the schedule and the constants are ours.
 
-    Under a private gradient rule set `engine: materialised`, which follows derivatives inside a loss.
+    Under a private gradient rule gradients are materialised, which is slower: the loss holds derivatives.
 
     It promises nothing. What the evidence shows (bench/j_sigr.py: perceptron (128, 64) on the digits, 20 epochs, means
     of 3 seeds; accuracy, left by AutoAttack at l_inf 0.1, left of examples transferred from plain networks at 0.1 | at

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.utils import parametrize
 
 from trivet.errors import BadValue
@@ -151,6 +152,8 @@ class Tape(ABC):
         values = [self.effective[name].value for name in self.tensors]
         if not torch.is_grad_enabled():
             return self.compute(input, *values)
+        if is_functorch_wrapped_tensor(input):
+            raise Unsuited("the losses differentiate by torch.func; choose engine='materialised'.")
         self.views(input)
         x = self.as_computed(input)
         output = self.compute(x, *values)
