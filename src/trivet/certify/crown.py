@@ -45,8 +45,9 @@ class Crown(CrownIbp):
 
     Only neurons that are still unstable get a pass of their own, and what it finds is intersected with what is known:
     never looser than IBP, unlike the bound as published. With slopes `same` alone, and intervals of such passes only,
-    it is Fast-Lin (Weng et al., ICML 2018), the dual of Wong & Kolter's linear programme (ICML 2018). Needs memory and
-    time for as many rows as there are unstable neurons: minutes for one input of a large convolutional network.
+    it is Fast-Lin (Weng et al., ICML 2018), the dual of Wong & Kolter's linear programme (ICML 2018). Takes time
+    for as many rows as there are unstable neurons, each as long as what its neuron sees (`bounds.neurons`), and memory
+    for a portion of them: minutes for one input of a large convolutional network.
     """
 
     def bounds(self, query: Query) -> Iterator[Tensor]:
