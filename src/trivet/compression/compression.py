@@ -68,9 +68,11 @@ class Compression(ABC):
     Attributes:
         include, exclude: shell patterns over the names of convolutions and linear layers; a layer is compressed that
             matches one of `include` and none of `exclude`.
+        lasting: whether it changes the layers themselves, and so outlives its maps.
     """
 
     room: ClassVar[str] = "compression"
+    lasting: ClassVar[bool] = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from trivet.compression.compression import Compression, WeightMap, steps_on
 from trivet.errors import FieldError, TrivetError
-from trivet.methods import build
+from trivet.methods import build, find
 from trivet.models.baking import Chain, bake
 
 Structure = list[dict[str, Any]]
@@ -31,14 +31,21 @@ def restructure(model: nn.Module, structure: Sequence[Mapping[str, Any]], where:
 def finish(model: nn.Module, structure: Structure) -> Structure:
     """Turn compressed weights into plain ones of the same value, in place; what is left is returned.
 
-    Weights stored as factors stay factors: they are what ships.
+    Weights stored as factors stay factors: they are what ships. Layers that were cut stay cut.
     """
     bake(model, _plain)
     left = {
         name for name, layer in model.named_modules() if any(isinstance(each, WeightMap) for each in steps_on(layer))
     }
-    kept = [{**spec, "include": [layer for layer in spec["include"] if layer in left]} for spec in structure]
-    return [spec for spec in kept if spec["include"]]
+    return [
+        spec if _lasts(spec) else {**spec, "include": [layer for layer in spec["include"] if layer in left]}
+        for spec in structure
+        if _lasts(spec) or left.intersection(spec["include"])
+    ]
+
+
+def _lasts(spec: Mapping[str, Any]) -> bool:
+    return "name" in spec and bool(getattr(find("compression", spec["name"]).make, "lasting", False))
 
 
 def _plain(chain: Chain) -> bool:
