@@ -66,7 +66,7 @@ def test_every_number_becomes_a_claim_with_its_interval(findings: Findings) -> N
         *["accuracy"],
         *["attack"] * 3,
         *["certificate"] * 3,
-        *["cost"] * 5,
+        *["cost"] * 6,
     ]
     accuracy, attack, _, worst, certificate, *_ = claims
     for claim, rate in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
+from trivet.compression.binary import Binary
 from trivet.compression.cost import cost_of, measure_latency, safetensors_bytes
+from trivet.compression.packing import save_packed
+from trivet.compression.tensorization import Tensorization
 from trivet.errors import BadValue
 from trivet.files import load_tensors, save_tensors
 from trivet.models.pixeldp import pixeldp_cnn
@@ -166,3 +170,39 @@ def test_threads_are_restored_even_after_an_error() -> None:
 def test_numbers_below_one_are_refused(setting: str) -> None:
     with pytest.raises(BadValue, match=f"{setting}=0 must be at least 1"):
         measure_latency(nn.Linear(2, 2), (2,), **{setting: 0})
+
+
+def test_packed_bytes_are_those_of_the_file_and_zip_never_adds_much(tmp_path: Path) -> None:
+    model = small_cnn((1, 28, 28), 10)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.copy_(Binary().project(each.where(torch.rand(each.shape) < 0.3, 0.0)))
+    cost = cost_of(model, (1, 28, 28))
+    save_packed(tmp_path / "packed", model.state_dict(), {})
+    written = (tmp_path / "packed").read_bytes()
+    assert cost.packed_bytes == len(written) < cost.file_bytes / 10
+    assert cost.compressed_bytes == len(zlib.compress(written, 9))
+    assert cost.bits_per_weight < 2
+
+
+def test_idle_channels_and_moved_numbers_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1), nn.Flatten(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0.0
+        model[1].weight[:, :3] = 0.0
+        model[1].weight[0] = 0.0
+        model[3].weight[:, 0] = 0.0
+    cost = cost_of(model, (4, 4, 4))
+    assert (cost.input_channels, cost.idle_channels, cost.channel_sparsity) == (10, 4, 0.4)
+    assert cost.activations == (4 * 16 + 6 * 4) + (6 * 4 + 2 * 4) + (8 + 3)
+    assert cost_of(nn.Linear(4, 3), (4,)).bits_per_weight == 32.0
+
+
+def test_factors_are_counted_as_they_are_stored() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+    Tensorization(include=("0",), rank=0.5, keep=1.0).attach(model)
+    cost = cost_of(model, (8, 4, 4))
+    stored = 4 * 4 * 2 * 2 + 2 * 8 * 4 + 2 * 3 * 2
+    assert cost.parameters == stored + 8 + 64 + 2
+    assert cost.weights == 8 * 8 * 9 + 64
+    assert cost.weight_bits == 32 * (stored + 64)

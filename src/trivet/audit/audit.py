@@ -42,6 +42,7 @@ from trivet.audit.severity_finding import SeverityFinding
 from trivet.audit.sweep import P, Sweep
 from trivet.certify.certifier import Certificates, Certifier
 from trivet.compression.cost import cost_of, measure_latency
+from trivet.compression.energy import estimate
 from trivet.data.dataset import Batch, Dataset
 from trivet.data.hierarchy import Hierarchy
 from trivet.errors import require
@@ -197,6 +198,7 @@ class Audit:
 
     def _cost(self, model: nn.Module, shape: tuple[int, int, int]) -> CostFinding:
         counted = cost_of(model, shape)
+        energy = estimate(macs=counted.macs, weight_bits=8 * counted.packed_bytes, activations=counted.activations)
         timed = [measure_latency(model, shape, batch_size=size) for size in self.latency]
         return CostFinding(
             parameters=counted.parameters,
@@ -204,6 +206,12 @@ class Audit:
             file_bytes=counted.file_bytes,
             flops=counted.flops,
             nonzero_flops=counted.nonzero_flops,
+            packed_bytes=counted.packed_bytes,
+            compressed_bytes=counted.compressed_bytes,
+            bits_per_weight=counted.bits_per_weight,
+            channel_sparsity=counted.channel_sparsity,
+            energy=energy.total / 1e6,
+            energy_table=energy.table,
             latency=tuple(LatencyFinding(**vars(each)) for each in timed),
         )
 

@@ -160,13 +160,23 @@ class LatencyFinding(_Record):
 
 
 class CostFinding(_Record):
-    """Size and work, as `trivet.compression.cost` counts them; FLOPs are for one input."""
+    """Size and work, as `trivet.compression.cost` counts them; FLOPs are for one input.
+
+    `energy` is an estimate in microjoules for one input in float32, by the table named in `energy_table`. What stands
+    behind None was not counted by the audit that wrote this.
+    """
 
     parameters: int
     nonzero_parameters: int
     file_bytes: int
     flops: int
     nonzero_flops: int
+    packed_bytes: int | None = None
+    compressed_bytes: int | None = None
+    bits_per_weight: float | None = None
+    channel_sparsity: float | None = None
+    energy: float | None = None
+    energy_table: str = ""
     latency: tuple[LatencyFinding, ...]
 
 

@@ -66,21 +66,34 @@ def claim_item(claim: Claim) -> Html:
 def costs(subjects: Sequence[Subject]) -> Html:
     """Size and speed."""
     sizes = list(dict.fromkeys(each.batch_size for subject in subjects for each in subject.findings.cost.latency))
-    counted = ("parameters", "not zero", "bytes", "FLOPs per input", "without zeros")
-    head: list[Content] = ["model", *map(right, counted), *(right(f"ms, batch of {each}") for each in sizes)]
+    counted = ("parameters", "not zero", "bytes", "packed", "zipped", "FLOPs per input", "without zeros")
+    shares = ("bits per weight", "idle input channels", "µJ, estimated")
+    head: list[Content] = [
+        "model",
+        *map(right, (*counted, *shares)),
+        *(right(f"ms, batch of {each}") for each in sizes),
+    ]
     rows = []
     for number, subject in enumerate(subjects):
         cost = subject.findings.cost
         timed = {each.batch_size: each for each in cost.latency}
-        numbers = (cost.parameters, cost.nonzero_parameters, cost.file_bytes, cost.flops, cost.nonzero_flops)
-        cells: list[Content] = [key(number, subject.name), *(tag("td", f"{n:,}", class_="number") for n in numbers)]
+        sizes_on_disk = (cost.file_bytes, cost.packed_bytes, cost.compressed_bytes)
+        numbers = (cost.parameters, cost.nonzero_parameters, *sizes_on_disk, cost.flops, cost.nonzero_flops)
+        texts = [None if n is None else f"{n:,}" for n in numbers]
+        texts += [None if cost.bits_per_weight is None else f"{cost.bits_per_weight:.3g}"]
+        texts += [None if cost.channel_sparsity is None else f"{100 * cost.channel_sparsity:.1f} %"]
+        texts += [None if cost.energy is None else f"{cost.energy:.3g}"]
+        cells: list[Content] = [key(number, subject.name)]
+        cells += [DASH if text is None else tag("td", text, class_="number") for text in texts]
         for each in map(timed.get, sizes):
             spread = tag("span", f" {1e3 * each.low:.3g} to {1e3 * each.high:.3g}", class_="small") if each else ""
             cells.append(tag("td", f"{1e3 * each.median:.3g}", spread, class_="number") if each else DASH)
         rows.append(cells)
     ran = [each for subject in subjects for each in subject.findings.cost.latency]
     where = " · ".join(dict.fromkeys(f"{each.machine}, threads: {each.threads}" for each in ran))
-    lead = f"Latency: the median in PyTorch on {where}, with its quartiles." if ran else ""
+    lead = f"Latency: the median in PyTorch on {where}, with its quartiles. " if ran else ""
+    tables = dict.fromkeys(each.findings.cost.energy_table for each in subjects if each.findings.cost.energy_table)
+    lead += f"Energy is estimated by the table {', '.join(tables)}: only ratios mean anything." if tables else ""
     return section("costs", "Cost", table(head, rows), lead=lead)
 
 

@@ -21,12 +21,12 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from trivet import machine
+from trivet.compression.compression import WEIGHTED, originals
+from trivet.compression.packing import pack, packed_bytes
 from trivet.errors import require
 from trivet.models.modes import device_of, evaluating
 from trivet.models.sensitivity import UnitSensitivity
 from trivet.models.surrogate import Surrogate
-
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,19 @@ class Cost:
     Attributes:
         parameters: trainable numbers, of any kind.
         nonzero_parameters: those that are not zero.
-        weights: numbers in the kernels of convolutions and linear layers, without biases.
+        weights: numbers in the kernels of convolutions and linear layers, without biases; of those stored as factors,
+            in the kernels they make.
         nonzero_weights: those that are not zero.
         buffers: numbers saved with the model but not trained (running statistics, normalisation).
         file_bytes: length of the safetensors file of its state, header included, without metadata.
+        packed_bytes: length of the packed file of the same (`compression.packing`), exact to the last bit.
+        compressed_bytes: of that file after zlib.
+        weight_bits: what the packed file spends on the kernels, whatever they are stored as.
+        input_channels, idle_channels: of the convolutions' kernels, and those of them that are all zeros.
+        activations: numbers that convolutions and linear layers read and write for one input.
         flops: operations of one forward pass of one input in convolutions and matrix products, two for each
-            multiplication with addition, borders counted as if computed. What dense kernels execute.
+            multiplication with addition, borders counted as if computed. What dense kernels execute, and what
+            rebuilding factored kernels takes.
         nonzero_flops: the same without the products by zero weights of convolutions and linear layers.
     """
 
@@ -51,6 +58,12 @@ class Cost:
     nonzero_weights: int
     buffers: int
     file_bytes: int
+    packed_bytes: int
+    compressed_bytes: int
+    weight_bits: int
+    input_channels: int
+    idle_channels: int
+    activations: int
     flops: int
     nonzero_flops: int
 
@@ -64,25 +77,43 @@ class Cost:
         """Share of zeros among the weights of all convolutions and linear layers together, in [0, 1]."""
         return 1.0 - self.nonzero_weights / self.weights if self.weights else 0.0
 
+    @property
+    def channel_sparsity(self) -> float:
+        """Share of all-zero input slices among those of all convolutions together, in [0, 1]."""
+        return self.idle_channels / self.input_channels if self.input_channels else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What the packed file spends on a weight of the kernels, on average; 32 where nothing is compressed."""
+        return self.weight_bits / self.weights if self.weights else 0.0
+
 
 def cost_of(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     """Count `model` as it stands, for one input of `input_shape` (C, H, W).
 
     Raises:
         BadValue: weights that are still computed from others (masks, quantizers): those would be counted twice, and
-            are not what ships. The scaling of a `UnitSensitivity` belongs to the network and adds no weights.
+            are not what ships. Factors are, and are counted as they are stored; so is the scaling of a
+            `UnitSensitivity`, which belongs to the network and adds no weights.
     """
     for name, module in model.named_modules():
         steps = module.parametrizations.values() if parametrize.is_parametrized(module) else ()
         require(
-            all(isinstance(step, UnitSensitivity) for each in steps for step in each),
+            all(
+                isinstance(step, UnitSensitivity) or getattr(step, "factors", False) for each in steps for step in each
+            ),
             f"the weights of {name or 'the model'} are still computed by a parametrization; finish the compression "
             "before counting.",
         )
     parameters, buffers = list(model.parameters()), list(model.buffers())
-    weights = [module.weight for module in model.modules() if isinstance(module, _WEIGHTED)]
-    weights = list({id(weight): weight for weight in weights}.values())
-    flops, skipped = _work(model, input_shape)
+    layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
+    weights = list({id(weight): weight for weight in [layer.weight for layer in layers]}.values())
+    stored = {f"{number}.{part}": t for number, layer in enumerate(layers) for part, t in enumerate(originals(layer))}
+    shared = {id(tensor): name for name, tensor in stored.items()}
+    parts, _ = pack({name: stored[name] for name in shared.values()})
+    slices = [(w != 0).transpose(0, 1).flatten(1).any(1) for w in weights if w.ndim > 2]
+    packed, compressed = packed_bytes(model.state_dict())
+    flops, skipped, activations = _work(model, input_shape)
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         nonzero_parameters=_nonzero(parameters),
@@ -90,6 +121,12 @@ def cost_of(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
         nonzero_weights=_nonzero(weights),
         buffers=sum(b.numel() for b in buffers),
         file_bytes=safetensors_bytes(model.state_dict()),
+        packed_bytes=packed,
+        compressed_bytes=compressed,
+        weight_bits=8 * sum(part.nbytes for part in parts.values()),
+        input_channels=sum(len(used) for used in slices),
+        idle_channels=sum(int((~used).sum()) for used in slices),
+        activations=activations,
         flops=flops,
         nonzero_flops=flops - skipped,
     )
@@ -106,18 +143,19 @@ def _nonzero(tensors: list[Any]) -> int:
 
 
 @torch.no_grad()
-def _work(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """FLOPs of one forward pass of one input, and how many of them multiply by a zero weight."""
-    skipped = 0
+def _work(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """FLOPs of one forward pass of one input, how many of them multiply by a zero weight, and the numbers moved."""
+    skipped = moved = 0
 
-    def count(module: Any, _: Any, output: Tensor) -> None:
-        nonlocal skipped
+    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal skipped, moved
+        moved += inputs[0][0].numel() + output[0].numel()
         zeros = module.weight.numel() - _nonzero([module.weight])
         # Every weight of a kernel is used once at each position of the output.
         positions = output[0, 0].numel() if not isinstance(module, nn.Linear) else output[..., 0].numel()
         skipped += 2 * zeros * positions
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, _WEIGHTED)]
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, WEIGHTED)]
     counter = FlopCounterMode(display=False)
     try:
         with evaluating(model), counter:
@@ -125,7 +163,7 @@ def _work(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    return int(counter.get_total_flops()), skipped
+    return int(counter.get_total_flops()), skipped, moved
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def load_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def packed_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """The length of a packed file of `tensors`, without other metadata: as it is, and once more compressed by zlib."""
     parts, plan = pack(tensors)
+    parts = {name: part.clone() for name, part in parts.items()}  # the format refuses tensors that share memory
     content = safetensors.torch.save(parts, {"trivet": json.dumps({"packed": plan})})
     return len(content), len(zlib.compress(content, 9))
 
