@@ -86,7 +86,7 @@ def test_magnitude_pruning_is_hydra_without_learning(tmp_path: Path) -> None:
         ("random", {}),
         ("snip", {"objective": "pgd_at"}),
         ("grasp", {"objective": "plain"}),
-        ({"name": "syn_flow", "rounds": 10}, {}),
+        ({"name": "synflow", "rounds": 10}, {}),
     ],
     ids=str,
 )
@@ -144,7 +144,7 @@ def test_a_layer_left_empty_is_an_error_and_synflow_empties_none(tmp_path: Path)
 
     with pytest.raises(TrivetError, match=r"leaves no weight of 5 at density 0\.05, and nothing gets through it"):
         run(tmp_path / "run", prune("magnitude", density=0.05, scope="global"), model=weak())
-    kept = run(tmp_path / "flow", prune({"name": "syn_flow", "rounds": 20}, density=0.05), model=weak()).history
+    kept = run(tmp_path / "flow", prune({"name": "synflow", "rounds": 20}, density=0.05), model=weak()).history
     assert min(kept[0]["kept"].values()) > 0
 
 

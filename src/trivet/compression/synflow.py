@@ -18,7 +18,7 @@ from trivet.models.normalize import Normalize
 _NEUTRALISED = (Normalize, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
 
-@method(title="SynFlow", paper="Tanaka et al., NeurIPS 2020", year=2020, legs="small")
+@method(title="SynFlow", paper="Tanaka et al., NeurIPS 2020", year=2020, legs="small", name="synflow")
 @dataclass(frozen=True)
 class SynFlow(Pruner):
     """score = | w * dR/dw |, where R is the sum of outputs of the network with weights |w| for an input of ones.
