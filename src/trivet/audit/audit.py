@@ -49,12 +49,14 @@ from trivet.errors import require
 from trivet.methods import method, spec_of
 from trivet.models.attribution import explain_class
 from trivet.models.fingerprint import fingerprint
+from trivet.models.foreign.twinned import Twinned
 from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
 from trivet.threats.hierarchy_pgd import HierarchyPGD
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
+from trivet.threats.wnll_pgd import WnllTransfer, wnll_battery
 
 EOT_SAMPLES = 20
 """Draws averaged per gradient where the model turns out to be randomised, as in AutoAttack's version `rand`."""
@@ -160,9 +162,12 @@ class Audit:
         first = first.to(device_of(model))
         seen = _behaviour(model, first, data.num_classes)
         checks = masking.of_behaviour(seen) + consistency.of_model(model, first, seen.randomised)
-        battery = self.battery(seen)
+        # Networks with an interpolating output layer are never judged by their own gradients alone.
+        battery = tuple(dict.fromkeys((*self.battery(seen), *wnll_battery(model, self.threat))))
         labels = perturbation_types.labels(self.threat, battery)
         attacks = [sweep.attack(*pair) for pair in zip(battery, labels, strict=True)]
+        transferred = [label for label, each in zip(labels, battery, strict=True) if isinstance(each, WnllTransfer)]
+        checks += masking.of_transfers(sweep.white_box, {label: sweep.standing[label] for label in transferred})
         types = perturbation_types.by_type(self.threat, battery, sweep)
         curve, found = self._probe(sweep, first, seen, attacks, types)
         checks += found + consistency.of_attacks(sweep.right, sweep.standing, seen.randomised)
@@ -197,6 +202,7 @@ class Audit:
         ), pictures
 
     def _cost(self, model: nn.Module, shape: tuple[int, int, int]) -> CostFinding:
+        model = model.twin if isinstance(model, Twinned) else model  # what a runtime does inside is not counted
         counted = cost_of(model, shape)
         energy = estimate(macs=counted.macs, weight_bits=8 * counted.packed_bytes, activations=counted.activations)
         timed = [measure_latency(model, shape, batch_size=size) for size in self.latency]

@@ -17,7 +17,7 @@ def label_of(made: Any) -> str:
         text += f"-{settings['steps']}"
     if settings.get("restarts", 1) > 1:
         text += f" x{settings['restarts']}"
-    details = [str(settings[key]) for key in ("version", "loss") if settings.get(key)]
+    details = [str(settings[key]) for key in ("version", "loss", "through") if settings.get(key)]
     if settings.get("sigma"):
         details.append(f"sigma {settings['sigma']:g}")
     if settings.get("samples", 1) > 1:

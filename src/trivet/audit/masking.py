@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from trivet.audit.findings import Check
@@ -210,6 +211,28 @@ def of_types(white_box: dict[str, Tensor], standing: dict[str, Tensor]) -> list[
             {f"{name}, %": 100 * more for name, (more, _) in excess.items()},
             "Gradients of this type of perturbation are masked; its accuracy under gradient attacks is too high, and "
             "so may be what is left here.",
+        )
+    ]
+
+
+def of_transfers(white_box: dict[str, Tensor], transferred: dict[str, Tensor]) -> list[Check]:
+    """The flag of an output layer that hides its gradients: points made for its twins break more than its own do.
+
+    Args:
+        white_box, transferred: by attack, [N] bool: what attacks by the model's gradients leave, and what those leave
+            that were made for a twin. None of the latter: the model has no twin, and nothing is said.
+    """
+    if not white_box or not transferred:
+        return []
+    return [
+        _comparison(
+            "transfer_stronger",
+            "Transfer beats white box",
+            ("points made for a twin", torch.stack(list(transferred.values())).all(0)),
+            ("all attacks by the model's own gradients", torch.stack(list(white_box.values())).all(0)),
+            BLACK_BOX,
+            "The output layer masks gradients: only the worst case over all attacks, transferred points among them, "
+            "says anything, and it may still be too high.",
         )
     ]
 
