@@ -21,6 +21,7 @@ FLOORS = [
     {"audit"},
     {"recipes"},
     {"runs"},
+    {"exporting"},
     {"api", "estimators"},
     {"cli"},
 ]

@@ -28,6 +28,7 @@ from trivet.certify.certifier import Certifier
 from trivet.claims import Ledger, PrivacyClaim
 from trivet.data.dataset import Splits
 from trivet.errors import TrivetError, require
+from trivet.exporting import Calibration, Exported, about_file, export_run
 from trivet.files import save_tensors, sole_writer, write_text
 from trivet.models.fingerprint import fingerprint
 from trivet.models.modes import device_of
@@ -139,6 +140,8 @@ def audit_model(
         run = Run(folder, found.plan.source)
         ledger = run.claims
         findings = findings.model_copy(update={"leaks": _leaks(found, ledger)})
+        if not isinstance(target, nn.Module) and Path(target).is_file():
+            findings = about_file(findings, Path(target), found.model, ledger)
         recheck(ledger, findings)
         ledger.add(*claims_from(findings, made_by="audit", recheck=found.again))
         findings.save(folder.audit)
@@ -147,6 +150,34 @@ def audit_model(
         subject = run.subject()
         write_text(folder.report, render([subject]))
     return subject
+
+
+def export_model(
+    run: str | Path,
+    *,
+    to: str,
+    int8: bool = False,
+    out: str | Path | None = None,
+    calibrate_on: str | None = None,
+    trust_code: bool = False,
+) -> Exported:
+    """Write a run's model to a file for a runtime, hold the file's answers against the model's, and claim for it.
+
+    The claims lie in FILE.audit, bound to the file's hash, where `audit_model` of the file adds to them.
+
+    Args:
+        run: a run folder.
+        to: "onnx", "pt2" (torch.export), or "packed" (weights in as few bytes as they need, for Trivet).
+        int8: with "onnx", weights and activations in eight bits.
+        out: the file; model.onnx, model-int8.onnx, model.pt2 or packed.safetensors in the run folder if None.
+        calibrate_on: with `int8`, whose training records the ranges are read off: a source of public data as in
+            `train_model`; the run's own if None, which ends a privacy claim.
+        trust_code: run code that the recipe names by import path.
+
+    Raises:
+        TrivetError: a model that cannot be exported, or whose file answers otherwise than it does.
+    """
+    return export_run(Run.open(run, trust_code=trust_code), to, Calibration(calibrate_on) if int8 else None, out)
 
 
 def is_policy(target: str | Path | nn.Module) -> bool:

@@ -339,6 +339,31 @@ def _decide(onnx: str, vnnlib: str, settings: dict[str, Any], out: str | None, a
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[str, typer.Option(metavar="onnx|pt2|packed", help="The format.")],
+    int8: Annotated[bool, typer.Option("--int8", help="With onnx: weights and activations in eight bits.")] = False,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="The file; in RUN otherwise.")] = None,
+    calibrate_on: Annotated[str | None, typer.Option(metavar="DATA", help="With --int8: public data for it.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model to a file for a runtime, compare their answers, and issue claims for the file."""
+    if calibrate_on is not None and not int8:
+        raise TrivetError("--calibrate-on goes with --int8.")
+    from dataclasses import asdict
+
+    from trivet import api, exporting
+
+    made = api.export_model(run, to=to, int8=int8, out=out, calibrate_on=calibrate_on, trust_code=trust_code)
+    if as_json:
+        show_json(asdict(made))
+        return
+    show(exporting.rows(made), False, title=f"{made.path}: {made.bytes:,} bytes, {made.format}")
+    print("\n".join(exporting.summary(made)))
+
+
+@app.command()
 def privacy(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run folder; all data sets if left out.")] = None,
     as_json: Json = False,

@@ -22,6 +22,9 @@ from trivet.data.dataset import Dataset
 from trivet.errors import TrivetError
 from trivet.files import load_tensors
 from trivet.models.foreign.load import load_model
+from trivet.models.foreign.onnx_quantized import Quantize
+from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
+from trivet.models.foreign.twinned import Twinned
 from trivet.recipes.plan import Plan, plan
 from trivet.recipes.recipe import Source, load, shipped
 from trivet.training.folder import RunFolder
@@ -165,13 +168,14 @@ class Target:
             run = Run.open(str(target), overrides=overrides, data=data, trust_code=trust_code)
             settings, test = run.plan, run.plan.splits().test
             model = run.model(test)
-            folder = run.folder if out is None else _beside(audit_folder(source, out), settings)
+            folder = run.folder if out is None else beside(audit_folder(source, out), settings)
         else:
-            _require_model(target, recipe)
-            settings = plan(load(recipe or "audit", overrides, data=data, trust=trust_code))
+            exported = None if in_memory else _exported(source)
+            _require_model(target, recipe or exported)
+            settings = plan(load(recipe or exported or "audit", overrides, data=data, trust=trust_code))
             test = settings.splits().test
             model = target if isinstance(target, nn.Module) else _read(Path(target), settings, test)
-            folder = _beside(audit_folder(source, out or (f"{name}.audit" if in_memory else None)), settings)
+            folder = beside(audit_folder(source, out or (f"{name}.audit" if in_memory else None)), settings)
         return cls(name, model.to(where), test, settings, folder, source, shlex.join(again), is_run)
 
     @property
@@ -198,18 +202,31 @@ def _require_model(target: str | Path | nn.Module, recipe: str | Path | None) ->
 
 
 def _read(path: Path, settings: Plan, test: Dataset) -> nn.Module:
-    """The model in a file; weights alone are those of the recipe's model."""
+    """The model in a file; weights alone are those of the recipe's model.
+
+    A quantised network answers in the runtime it is made for, whose integers fall on other sides of some edges.
+    """
     if path.suffix != ".safetensors":
-        return load_model(path)
+        model = load_model(path)
+        quantized = any(isinstance(each, Quantize) for each in model.modules())
+        return Twinned(model, OnnxRuntimeModel(path)).eval() if quantized else model
     model = settings.model(test)
     load_into(model, path)
     return model.eval()
 
 
+EXPORTED = "exported.json"
+"""Lies in FILE.audit where FILE was exported from a run, with the run's recipe beside it."""
 _BESIDE = "audit only"
 
 
-def _beside(out: Path, settings: Plan) -> RunFolder:
+def _exported(source: str) -> Path | None:
+    """Where the recipe lies by which an exported file is to be judged."""
+    folder = audit_folder(source, None)
+    return folder if (folder / EXPORTED).exists() else None
+
+
+def beside(out: Path, settings: Plan) -> RunFolder:
     """A folder for what is found about a model that is not ours: a run folder without training."""
     if (out / "recipe.yaml").exists():
         folder = RunFolder.open(out)

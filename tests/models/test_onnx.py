@@ -195,6 +195,19 @@ CASES: dict[str, tuple[list[Node], dict[str, Any], dict[str, Any]]] = {
         {"a": np.array([1]), "z": np.array([0]), "o": np.array([1]), "z1": np.array([1]), "i": np.array([1, 2, 0]),
          "r": np.array([3, 1, 1])}, {},
     ),
+    "quantise and dequantise": (
+        [("QuantizeLinear", ["x", "s", "z"], {}), ("DequantizeLinear", ["0", "s", "z"], {})],
+        {"s": F(0.02), "z": np.uint8(100)}, {},
+    ),
+    "quantise each channel": (
+        [("QuantizeLinear", ["x", "s", "z"], {"axis": 1}), ("DequantizeLinear", ["0", "s", "z"], {"axis": 1})],
+        {"s": F([0.02, 0.5, 0.003]), "z": np.array([0, -7, 5], np.int8)}, {},
+    ),
+    "conv of a quantised kernel": (
+        [("DequantizeLinear", ["w", "s", "z"], {"axis": 0}), ("Conv", ["x", "0"], {})],
+        {"w": rng.integers(-128, 127, (4, 3, 3, 3)).astype(np.int8), "s": F([0.1, 0.2, 0.3, 0.4]),
+         "z": np.zeros(4, np.int8)}, {},
+    ),
     "dropout and identity": ([("Dropout", ["x"], {}), ("Identity", ["0"], {}), ("Cast", ["1"], {"to": 1})], {}, {}),
 }  # fmt: skip
 

@@ -127,6 +127,7 @@ class _Maker:
     def costs(self) -> list[Claim]:
         cost = self.findings.cost
         packed = cost.packed_bytes
+        article = f"an {cost.file_format}" if cost.file_format == "onnx" else f"a {cost.file_format}"
         counted = (
             ("parameters", cost.parameters, "", f"Has {cost.parameters:,} parameters."),
             (
@@ -135,7 +136,7 @@ class _Maker:
                 "",
                 f"{cost.nonzero_parameters:,} parameters are not zero.",
             ),
-            ("file_bytes", cost.file_bytes, "bytes", f"Takes {cost.file_bytes:,} bytes as a safetensors file."),
+            ("file_bytes", cost.file_bytes, "bytes", f"Takes {cost.file_bytes:,} bytes as {article} file."),
             *((("packed_bytes", packed, "bytes", f"Takes {packed:,} bytes as a packed file."),) if packed else ()),
             ("flops", cost.flops, "FLOPs", f"Spends {cost.flops:,} FLOPs on one input."),
         )

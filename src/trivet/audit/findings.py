@@ -169,6 +169,7 @@ class CostFinding(_Record):
     parameters: int
     nonzero_parameters: int
     file_bytes: int
+    file_format: str = "safetensors"
     flops: int
     nonzero_flops: int
     packed_bytes: int | None = None

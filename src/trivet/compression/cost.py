@@ -216,28 +216,29 @@ def measure_latency(
         require(value >= 1, f"{name}={value} must be at least 1.")
     require(threads is None or threads >= 1, f"threads={threads} must be at least 1.")
     x = torch.rand(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device_of(model))
-    with evaluating(model), torch.inference_mode(), _threads(threads) as allowed:
+    with evaluating(model), torch.inference_mode(), limited_threads(threads) as allowed:
         folded = Surrogate(model, "fp32").refresh(model)
         ways: dict[str, Callable[[Tensor], Tensor]] = {"as it is": model}
         if torch.allclose(folded(x), model(x), rtol=1e-3, atol=1e-4):
             ways["BatchNorm folded, channels last"] = folded
-        times = {name: _times(way, x, repeats, warmup) for name, way in ways.items()}
-    path = min(times, key=lambda name: statistics.median(times[name]))
-    low, median, high = _quartiles(times[path])
+        taken = {name: times(way, x, repeats, warmup) for name, way in ways.items()}
+    path = min(taken, key=lambda name: statistics.median(taken[name]))
+    low, median, high = quartiles(taken[path])
     gpu = f", {torch.cuda.get_device_name(x.device)}" if x.is_cuda else ""
     return Latency(median, low, high, batch_size, allowed, repeats, path, machine.processor() + gpu)
 
 
-def _times(way: Callable[[Tensor], Tensor], x: Tensor, repeats: int, warmup: int) -> list[float]:
-    times = []
+def times(way: Callable[[Tensor], Tensor], x: Tensor, repeats: int, warmup: int) -> list[float]:
+    """Seconds of each of `repeats` runs, after `warmup` untimed ones."""
+    taken = []
     for run in range(warmup + repeats):
         _wait(x)
         start = time.perf_counter()
         way(x)
         _wait(x)
         if run >= warmup:
-            times.append(time.perf_counter() - start)
-    return times
+            taken.append(time.perf_counter() - start)
+    return taken
 
 
 def _wait(x: Tensor) -> None:
@@ -246,14 +247,16 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _quartiles(times: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(times)
+def quartiles(taken: list[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    ordered = sorted(taken)
     last = len(ordered) - 1
     return ordered[math.floor(last / 4)], statistics.median(ordered), ordered[math.ceil(3 * last / 4)]
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[int]:
+def limited_threads(threads: int | None) -> Iterator[int]:
+    """So many processor threads inside, the present number for None; yields the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -12,6 +12,7 @@ from torch import nn
 
 from trivet import machine
 from trivet.claims import Ledger
+from trivet.compression.packing import unpack
 from trivet.compression.structure import finish, restructure
 from trivet.data.dataset import Splits
 from trivet.errors import TrivetError
@@ -39,19 +40,12 @@ def run_stages(
     """
     with sole_writer(folder.path):
         checkpoint = Checkpoint(model.to(device))
-        files = [folder.stage(number, name) for number, (name, _) in enumerate(stages)]
-        done = sum(each.finished.exists() for each in files)
-        if done:
-            checkpoint = _load(files[done - 1], checkpoint)
-        if done == len(stages) and folder.claims.exists():  # finished: later audits may have added claims
+        over = folder.claims.exists() and all(each.finished.exists() for each in _files(stages, folder))
+        if not over:
+            folder.record("running", seed, machine.describe())
+        checkpoint = advance(stages, checkpoint, splits, folder, seed=seed, device=device, budget_of=budget_of)
+        if over:  # later audits may have added claims
             return replace(_finished(checkpoint), ledger=Ledger.load(folder.claims))
-        folder.record("running", seed, machine.describe())
-        for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
-            checkpoint.ledger.apply(name, stage.effect())  # before it runs: what it claims itself is not to be voided
-            checkpoint = stage.run(checkpoint, Context(splits, seed, each, device, budget_of))
-            checkpoint.ledger.rebind("privacy", checkpoint.artefact)
-            _save(each, checkpoint)
-            each.clear_state()
         checkpoint = _finished(checkpoint)
         save_tensors(
             folder.weights,
@@ -61,6 +55,37 @@ def run_stages(
         checkpoint.ledger.save(folder.claims)
         folder.record("finished", seed)
     return checkpoint
+
+
+def advance(
+    stages: Sequence[tuple[str, Stage]],
+    checkpoint: Checkpoint,
+    splits: Splits | None,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: torch.device,
+    budget_of: str | None = None,
+) -> Checkpoint:
+    """`checkpoint` after the named `stages`, compressed weights as they are; each is kept in `folder`.
+
+    Where `folder` says that some are over, it goes on after them, and of `checkpoint` only the model's form counts.
+    """
+    files = _files(stages, folder)
+    done = sum(each.finished.exists() for each in files)
+    if done:
+        checkpoint = _load(files[done - 1], checkpoint)
+    for (name, stage), each in list(zip(stages, files, strict=True))[done:]:
+        checkpoint.ledger.apply(name, stage.effect())  # before it runs: what it claims itself is not to be voided
+        checkpoint = stage.run(checkpoint, Context(splits, seed, each, device, budget_of))
+        checkpoint.ledger.rebind("privacy", checkpoint.artefact)
+        _save(each, checkpoint)
+        each.clear_state()
+    return checkpoint
+
+
+def _files(stages: Sequence[tuple[str, Stage]], folder: RunFolder) -> list[StageFiles]:
+    return [folder.stage(number, name) for number, (name, _) in enumerate(stages)]
 
 
 def _finished(checkpoint: Checkpoint) -> Checkpoint:
@@ -87,12 +112,16 @@ def _load(files: StageFiles, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load_into(model: nn.Module, path: Path) -> dict[str, Any]:
-    """Make of a fresh `model` the one saved at `path`: its structure, then its weights. Returns what else is there.
+    """Make of a fresh `model` the one saved at `path`, packed or not: its structure, then its weights.
+
+    Returns what else is there.
 
     Raises:
         TrivetError: the file was written by another model.
     """
     tensors, metadata = load_tensors(path)
+    if "packed" in metadata:
+        tensors = unpack(tensors, metadata.pop("packed"), str(path))
     restructure(model, metadata.get("structure", []), str(path))
     load_weights(model, tensors, str(path))
     return metadata

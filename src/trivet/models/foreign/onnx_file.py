@@ -15,9 +15,10 @@ from trivet.errors import TrivetError
 from trivet.files import read_packed
 from trivet.models.foreign.assembly import Assembly, Unsupported, Value, refuse_unless
 from trivet.models.foreign.onnx_graph import ARITHMETIC, Step
+from trivet.models.foreign.onnx_quantized import QUANTIZED
 from trivet.models.foreign.onnx_shapes import MOVES
 
-OPERATORS = {**ARITHMETIC, **MOVES}
+OPERATORS = {**ARITHMETIC, **MOVES, **QUANTIZED}
 OPSETS = range(7, 25)
 
 
@@ -54,7 +55,7 @@ class _Tensors:
         from onnx import TensorProto, numpy_helper
 
         kinds = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8, TensorProto.INT32: 4, TensorProto.INT64: 8}
-        kinds[TensorProto.BOOL] = 1
+        kinds |= {TensorProto.BOOL: 1, TensorProto.INT8: 1, TensorProto.UINT8: 1}
         if proto.data_type not in kinds or any(size < 0 for size in proto.dims):
             kind = TensorProto.DataType.Name(proto.data_type)
             raise Unsupported(f"tensor {proto.name!r} is {kind} {list(proto.dims)}; export the model in float32")

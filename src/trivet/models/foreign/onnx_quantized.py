@@ -1,0 +1,85 @@
+"""Quantised ONNX graphs as PyTorch layers: levels as the runtime takes them, gradients straight through.
+
+In such files (QDQ) every value goes through QuantizeLinear and DequantizeLinear. The rebuilt network rounds where the
+file does, so that its answers are the file's but for values on the edge of two levels, where the runtime's integer
+arithmetic may fall on the other side. Rounding has no gradient; straight-through estimation (Bengio et al., 2013) lets
+it pass where the value is within range, and stops it outside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trivet.models.foreign.assembly import Flow, refuse_unless
+from trivet.models.foreign.onnx_graph import Operator, Step
+
+_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+
+
+class Quantize(nn.Module):
+    """clamp(round(x / scale) + zero, low, high), ties to even; backward as if it did not round."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, scale: Tensor, zero: Tensor, low: int, high: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x / self.scale
+        level = (scaled.round() + self.zero).clamp(self.low, self.high)
+        smooth = (scaled + self.zero).clamp(self.low, self.high)
+        return level.detach() + (smooth - smooth.detach())  # exactly the level: what is added is zero
+
+
+class Dequantize(nn.Module):
+    """(level - zero) * scale."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, scale: Tensor, zero: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    def forward(self, level: Tensor) -> Tensor:
+        return (level - self.zero) * self.scale
+
+
+def _quantize(step: Step) -> Flow:
+    scale, zero, kind = _levels(step, torch.uint8)
+    refuse_unless(kind in _RANGES, f"rounds to {kind}, where int8 or uint8 is supported")
+    return step.assembly.layer(Quantize(scale, zero, *_RANGES[kind]), step.flow())
+
+
+def _dequantize(step: Step) -> Flow | Tensor:
+    x = step.value()
+    scale, zero, _ = _levels(step, torch.uint8)
+    layer = Dequantize(scale, zero)
+    return step.assembly.layer(layer, x) if isinstance(x, Flow) else layer(x.to(torch.float64)).float()
+
+
+def _levels(step: Step, default: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Scale and zero, shaped to fit the value, and the type of the levels."""
+    refuse_unless(not step.attributes.get("block_size", 0), "quantises by blocks")
+    x, scale, zero = step.value(), step.weight(1), step.constant(2)
+    kind = default if zero is None else zero.dtype
+    zero = torch.zeros_like(scale) if zero is None else zero.to(scale.dtype)
+    refuse_unless(scale.dtype == torch.float32 and bool((scale > 0).all()), "has scales that are not positive float32")
+    refuse_unless(scale.shape == zero.shape and scale.ndim <= 1, "has scales and zeros of different shapes")
+    if scale.numel() == 1:
+        return scale.reshape(()), zero.reshape(()), kind
+    axis = step.axis(step.attributes.get("axis", 1), x)
+    sizes = x.stand_in.shape if isinstance(x, Flow) else x.shape
+    refuse_unless(sizes[axis] == len(scale), f"has {len(scale)} scales for an axis of {sizes[axis]}")
+    shape = [1] * len(sizes)
+    shape[axis] = len(scale)
+    return scale.reshape(shape), zero.reshape(shape), kind
+
+
+QUANTIZED: dict[str, Operator] = {"QuantizeLinear": _quantize, "DequantizeLinear": _dequantize}
