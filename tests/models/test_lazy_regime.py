@@ -14,7 +14,7 @@ from trivet.errors import BadValue
 from trivet.models.lazy_regime import LazyBound, has_batch_norm, lazy_bound
 from trivet.models.tangent_kernel import linearize, tangent_kernel
 
-SOUND = {"drift": 0.0, "batch_norm": False, "momentum_or_decay": False, "inputs_change": False}
+SOUND = {"drift": 0.0, "squared_loss": True, "batch_norm": False, "momentum_or_decay": False, "inputs_change": False}
 
 
 def linear(seed: int) -> nn.Sequential:
@@ -78,6 +78,7 @@ def test_it_is_void_for_every_reason_by_itself() -> None:
     for change, word in (
         ({"drift": 0.21}, "moves by 21%"),
         ({"drift": None}, "not known"),
+        ({"squared_loss": False}, "not the squared one"),
         ({"batch_norm": True}, "BatchNorm"),
         ({"momentum_or_decay": True}, "plain gradient descent"),
         ({"inputs_change": True}, "made anew"),

@@ -47,12 +47,19 @@ class LazyBound:
         return self.initial + self.gap * self.residual / (self.records * math.e * self.lam)
 
     def void(
-        self, *, drift: float | None, batch_norm: bool, momentum_or_decay: bool, inputs_change: bool
+        self,
+        *,
+        drift: float | None,
+        squared_loss: bool,
+        batch_norm: bool,
+        momentum_or_decay: bool,
+        inputs_change: bool,
     ) -> tuple[str, ...]:
         """Why the bound says nothing about a training run; empty where it does.
 
         Args:
-            drift: the relative change of the kernel over training; None: not known.
+            drift: the norm of the change of the kernel over training, over its norm at the start; None: not known.
+            squared_loss: whether the loss is the squared one; the cross-entropy has another flow.
             batch_norm: whether the network has BatchNorm.
             momentum_or_decay: whether the optimizer has momentum, adapts its rates, or decays weights.
             inputs_change: whether adversarial examples are made anew, as adversarial training always does.
@@ -64,6 +71,8 @@ class LazyBound:
             reasons.append("the drift of the kernel over training is not known")
         elif drift > _DRIFT:
             reasons.append(f"the kernel moves by {drift:.0%} in training, so the network is too narrow")
+        if not squared_loss:
+            reasons.append("the loss is not the squared one")
         if batch_norm:
             reasons.append("the network has BatchNorm")
         if momentum_or_decay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -62,7 +63,8 @@ class Awt(Stage):
     the lazy regime is in the record of the stage, with the reasons why it is VOID (`LazyBound`): adversarial training
     makes its examples anew, which alone is enough.
 
-    The stage reads records, without noise: a privacy claim ends here, and no later stage can make one.
+    A killed run begins the transfer again. The stage reads records, without noise: a privacy claim ends here, and no
+    later stage can make one.
 
     Attributes:
         objective: its `perturb` makes X~: pgd_at; trades for an attack that needs no labels; plain for NTT.
@@ -145,7 +147,10 @@ class _Transfer:
         self.theta = {name: value.clone().requires_grad_() for name, value in learnt.items()}
         self.prunable = tuple(f"{name}.weight" for name in layers)
         for name in self.prunable:
-            require(name in self.theta, f"{name} does not learn, so no ticket can be found in it; exclude the layer.")
+            require(
+                name in self.theta,
+                f"{name} is no tensor that learns by itself, so no ticket can be found in it; exclude the layer.",
+            )
         self.masks = self._choose()
         awt.objective.load_state({})
 
@@ -156,6 +161,7 @@ class _Transfer:
         probe = self._batch(balanced(self.train, _PROBES, generator(self.seed, "probes")))
         judged = _Probe(self, probe)
         first, curve = dict(self.masks), [{"step": 0, **judged.distances()}]
+        files.log(curve[0])
         optimizer = torch.optim.Adam(list(self.theta.values()), lr=awt.lr)
         with display.progress(f"{files.name} transfer", awt.steps) as advance:
             for step in range(1, awt.steps + 1):
@@ -314,16 +320,19 @@ def _described(bound: LazyBound, transfer: _Transfer) -> dict[str, Any]:
     """The bound in words. What comes after this stage is not known to it, and is taken to be the usual."""
     reasons = bound.void(
         drift=None,
+        squared_loss=False,
         batch_norm=has_batch_norm(transfer.dense),
         momentum_or_decay=False,
         inputs_change=not isinstance(transfer.awt.objective, Plain),
     )
-    ever = bound.ever if bound.lam > 0 else None
+    standing = "VOID: " + "; ".join(reasons)
+    print(f"{transfer.context.files.name}: lazy-regime bound {standing}.", file=sys.stderr)
     return {
-        "standing": "VOID: " + "; ".join(reasons),
-        "ever": ever,
-        "start": bound.initial,
-        "lam": bound.lam,
+        "standing": standing,
+        "ever": bound.ever if bound.lam > 0 else None,
+        "initial": bound.initial,
         "gap": bound.gap,
+        "residual": bound.residual,
+        "lam": bound.lam,
         "records": bound.records,
     }
