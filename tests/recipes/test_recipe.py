@@ -74,7 +74,7 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("name: tiny", "name: tiny\nname: again", ["line 2", "name is given twice"]),
         ("model: {name: mlp}", "model: [mlp]", ["line 3", "model", "dictionary"]),
         ("  - fit:", "  - fat:", ["line 6", "stages[0].fat", "there is no 'fat'"]),
-        ("  - fit:", "  - cosine:", ["line 6", "stages[0].cosine.name", "cosine is no Stage; choose one of", "fit."]),
+        ("  - fit:", "  - cosine:", ["line 6", "stages[0].cosine.name", "cosine is no Stage; choose one of", "fit,"]),
         ("threat: {name: linf, eps: 8/255}", "", ["threat", "Field required"]),
         ("threat:", "threat: [", ["not valid YAML"]),
         ("epochs: 2", "epochs: !!python/object/apply:os.getpid []", ["not valid YAML"]),

@@ -6,6 +6,7 @@ identity             what the run is called in the budget of its records, if it 
 log.jsonl            one line of JSON per logged step
 stages/00-fit.safetensors     the checkpoint after each finished stage
 stages/00-fit.state           the present state inside an unfinished stage
+stages/00-pretrain/           of a stage that consists of others: a folder such as this one, for these
 weights.safetensors  the final weights
 claims.json          the ledger
 audit.json, examples.safetensors, certificates.json, report.html    added by later commands
@@ -153,6 +154,12 @@ class StageFiles:
     @property
     def _state(self) -> Path:
         return self._stem.with_suffix(".state")
+
+    def inside(self) -> RunFolder:
+        """The folder for the stages that this one consists of, made if it is not there."""
+        folder = RunFolder(self._stem)
+        folder.stages.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def save_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Replace the state an interrupted stage resumes from."""

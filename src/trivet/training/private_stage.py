@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -113,7 +113,7 @@ class PrivateStage:
             },
             recheck=f"trivet privacy {self.files.run.path}",
             artefact=checkpoint.artefact,
-            conditions=tuple(self._conditions(found)),
+            conditions=(*self._conditions(found), *_sources(checkpoint.history)),
             made_by=self.files.name,
             delta=self.delta,
             adjacency=adjacency,
@@ -153,6 +153,15 @@ class PrivateStage:
             f"{count} used the same records; if their models or results are published or guided this one, all "
             f"together spend epsilon {rounded_up(together)}"
         ]
+
+
+def _sources(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the claim leaves out: the records of other data that the network was trained on first."""
+    for each in history:
+        if "source" in each:
+            source = each["source"]
+            said = " ".join(source["privacy"]) or "which were not protected"
+            yield f"says nothing of the {source['records']:,} records of {source['name']} it was pre-trained on: {said}"
 
 
 def in_all(spent: Sequence[Spending], delta: float) -> float:

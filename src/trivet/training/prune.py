@@ -98,12 +98,12 @@ class Prune(Stage):
                     losses,
                     generator(seed, "scores", step),
                 )
-            scores = _dropped_first({name: _kept(layers[name]) for name in layers}, scores)
+            scores = _dropped_first({name: live(layers[name]) for name in layers}, scores)
             density = self.density ** (step / self.pruner.steps)
             for name, keep in chosen(scores, self.pattern, density, self.scope or self.pruner.scope).items():
                 maps[name].mask.copy_(keep)
         structure = [*checkpoint.structure, spec_of(Masks(include=tuple(layers)))]
-        record = self._record({name: _kept(layer) for name, layer in layers.items()}, context)
+        record = self._record({name: live(layer) for name, layer in layers.items()}, context)
         model.eval()
         return replace(checkpoint, model=model, history=[*checkpoint.history, record], structure=structure)
 
@@ -152,7 +152,7 @@ def balanced(records: Dataset, count: int, draw: torch.Generator) -> Tensor:
     return order[turn.argsort(stable=True)[:count]]
 
 
-def _kept(layer: nn.Module) -> Tensor:
+def live(layer: nn.Module) -> Tensor:
     """Which weights of a layer no mask holds at zero."""
     kept = torch.ones_like(layer.weight, dtype=torch.bool)  # type: ignore[arg-type]
     for step in steps_on(layer):
