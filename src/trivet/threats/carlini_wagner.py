@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,18 +55,7 @@ class CarliniWagner(Attack):
 
     def nearest(self, model: Target, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest adversarial points [B, ...] found, and their l_2 distance [B]; x and infinity where none was."""
-        weight = torch.full_like(y, self.c, dtype=x.dtype)
-        low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
-        best, reach = x.clone(), torch.full_like(weight, torch.inf)
-        for _ in range(self.searches):
-            found, distance = self._descend(model, x, y, weight)
-            closer = distance < reach
-            best[closer], reach[closer] = found[closer], distance[closer]
-            won = distance.isfinite()
-            high, low = torch.where(won, weight, high), torch.where(won, low, weight)
-            # Ten times as much while nothing has been found, as in the authors' code.
-            weight = torch.where(high.isfinite(), (low + high) / 2, 10 * weight)
-        return best, reach
+        return weighed(partial(self._descend, model, x, y), x, self.c, self.searches)
 
     def _descend(self, model: Target, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         w = torch.atanh((2 * x - 1) * _INSIDE).detach().requires_grad_()
@@ -86,3 +77,26 @@ class CarliniWagner(Attack):
                 best[closer], reach[closer] = proposed[closer], distance[closer]
             optimizer.step()
         return best, reach
+
+
+def weighed(
+    descend: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, first: float, searches: int
+) -> tuple[Tensor, Tensor]:
+    """The nearest points [B, ...] that `descend` found with any of `searches` weights of the classes, and their
+    distance [B].
+
+    `descend` takes weights [B] and returns points and distances, infinite where it found none. The weight of an input
+    is `first`, then halved where a point was found, ten times as much while none was, and bisected between.
+    """
+    weight = torch.full((len(x),), first, dtype=x.dtype, device=x.device)
+    low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
+    best, reach = x.clone(), torch.full_like(weight, torch.inf)
+    for _ in range(searches):
+        found, distance = descend(weight)
+        closer = distance < reach
+        best[closer], reach[closer] = found[closer], distance[closer]
+        won = distance.isfinite()
+        high, low = torch.where(won, weight, high), torch.where(won, low, weight)
+        # Ten times as much while nothing has been found, as in the authors' code.
+        weight = torch.where(high.isfinite(), (low + high) / 2, 10 * weight)
+    return best, reach
