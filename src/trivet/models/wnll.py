@@ -215,21 +215,21 @@ class WnllHead(nn.Module):
         return torch.where(reached[:, None], u, logits.double().softmax(1))
 
     def _alone(self, z: Tensor) -> Tensor:
-        apart = squared_distances(z, self.templates)
+        apart = squared_distances(z, self.templates.double())
         near, nearest = apart.topk(self.neighbours - 1, largest=False)
         ours = (-near / (near[:, self.scale - 2 : self.scale - 1] + _SAME)).exp()
         weights = torch.zeros_like(apart).scatter(1, nearest, ours)
         # What a query does to a template's neighbours: it may be the m-th of them, and it must be nearer than the K-th.
-        inner, outer, last = self.rulers.T
+        inner, outer, last = self.rulers.double().T
         ruler = torch.minimum(torch.maximum(apart, inner), outer) + _SAME
         theirs = (-apart / ruler).exp().where(apart < last, 0.0)
         mu = (len(self.templates) + 1) / len(self.templates) if self.weighted else 1.0
         weights = weights.where(weights >= _NO_EDGE, 0.0) + mu * theirs.where(theirs >= _NO_EDGE, 0.0)
-        u: Tensor = weights @ self.targets / weights.sum(1, keepdim=True)
+        u: Tensor = weights @ self.targets.double() / weights.sum(1, keepdim=True)
         return u
 
     def _soft(self, z: Tensor) -> Tensor:
-        closeness = -squared_distances(z, self.templates) / (self.rulers[:, 1].median() + _SAME)
+        closeness = -squared_distances(z, self.templates.double()) / (self.rulers[:, 1].median() + _SAME)
         # Classes without a template stay finite and never come first.
         return torch.stack(
             [
