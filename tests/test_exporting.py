@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trivet import api, exporting
 from trivet.claims import Claim, Ledger, PrivacyClaim
+from trivet.cli import main
 from trivet.compression.runtime import footprint, runtime_latency
 from trivet.compression.tensorization import Tensorization
 from trivet.errors import BadValue, TrivetError
@@ -274,7 +275,7 @@ def test_time_and_memory_are_measured_and_say_how(in_float: exporting.Exported) 
         runtime_latency(in_float.path, (1, 8, 8), repeats=0)
     with pytest.raises(BadValue, match="runtime=jax must be"):
         footprint(in_float.path, (1, 8, 8), batch_size=1, threads=1, runtime="jax")
-    with pytest.raises(BadValue, match="absent.onnx is no file"):
+    with pytest.raises(BadValue, match=r"absent\.onnx is no file"):
         footprint("absent.onnx", (1, 8, 8), batch_size=1, threads=1)
 
 
@@ -283,3 +284,35 @@ def test_what_was_measured_lies_beside_the_file(in_float: exporting.Exported) ->
     assert (told["sha256"], told["disagreements"], told["format"]) == (in_float.sha256, 0, "onnx")
     assert any("labelled otherwise" in each for each in exporting.summary(in_float))
     assert exporting.rows(in_float) == []
+
+
+def test_the_command_exports_and_refuses_in_one_sentence(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def status(*arguments: object) -> int:
+        monkeypatch.setattr("sys.argv", ["trivet", "--no-keep-memory", "export", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    where, file = run.folder.path, tmp_path / "p.safetensors"
+    assert status(where, "--to", "packed", "--out", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == sha256(file)
+    assert status(where, "--to", "packed", "--out", file) == 0
+    said = capsys.readouterr().out
+    assert "On all 60 test records: 0 labelled otherwise" in said
+    assert "privacy claim holds for the file" in said
+    for wrong, sentence in (
+        (("--to", "packed", "--int8"), "eight bits are for onnx"),
+        (("--to", "onnx", "--calibrate-on", "digits"), "--calibrate-on goes with --int8"),
+        (("--to", "tflite"), "to=tflite must be onnx, pt2 or packed"),
+    ):
+        assert status(where, *wrong) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+    assert status(tmp_path, "--to", "packed") == 2
+    assert "is not a run folder" in capsys.readouterr().err
