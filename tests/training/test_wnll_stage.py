@@ -130,7 +130,7 @@ def test_the_first_step_of_stage_two_is_the_surrogate_gradient_of_the_buffer(tmp
     for name in ("normalize", "flatten", "fc1", "relu1", "fc2", "relu2"):
         hidden = layers[name](hidden)
     passed = residual * (layers["fc3"](hidden) > 0)
-    moved = dict(after.named_modules())["fc3"].weight - layers["fc3"].weight  # type: ignore[operator]
+    moved = dict(after.named_modules())["fc3"].weight - layers["fc3"].weight
     torch.testing.assert_close(moved.detach(), (-0.5 * passed.T @ hidden).detach(), rtol=1e-3, atol=1e-6)
 
 

@@ -72,7 +72,8 @@ class Audit:
         threat: the perturbation set. Of a union every member is attacked, and the worst case is stated for each type
             and for all of them together; affine attacks, which mix types, are reported beside it.
         attacks: the battery; none given means PGD-40 with 5 restarts on the cross-entropy and on the margin, and
-            AutoAttack, all averaging gradients where the model is randomised, with Square where it has no gradient.
+            AutoAttack, all averaging gradients where the model is randomised, with Square where it has no gradient. To
+            a network with a WNLL head, whose own gradients mislead, `wnll_pgd` and `wnll_transfer` are always added.
         points: audit the first so many test records; None for all.
         curve: radii of the reliability curve; None for multiples of the threat's radius and the whole range.
         curve_points: how many of the records are probed for that curve and for signs of gradient masking.

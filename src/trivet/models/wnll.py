@@ -119,8 +119,9 @@ class WnllHead(nn.Module):
 
         u = sum_y a(y) g(y) / sum_y a(y),   a(y) = w(x, y) + mu w(y, x),   mu = (|S| + 1) / |S|.
 
-    `together` answers a batch as in the paper; rows that no template reaches are then the linear layer's softmax, and
-    `unreached` holds how many there were in the latest pass.
+    With mu so near 1 this is all but the plain graph Laplacian: WNLL differs from it where many queries share few
+    templates. `together` answers a batch as in the paper; rows that no template reaches are then the linear layer's
+    softmax, and `unreached` holds how many there were in the latest pass.
 
     In training mode, and empty, it is the linear layer. Going into training mode forgets the templates: features of
     other weights are none. Templates are records: whoever has the model has their features and labels.
