@@ -89,7 +89,7 @@ class Watched(PgdAt):
 
 def plain(model: nn.Module) -> Weights:
     """The weights that the layers compute with, masks applied."""
-    found = {}
+    found: Weights = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             found |= {f"{name}.weight": layer.weight.detach().clone(), f"{name}.bias": layer.bias.detach().clone()}
@@ -238,7 +238,7 @@ class Bench:
         for loss in ("ce", "margin"):
             index = left.nonzero().squeeze(1)
             draw = generator(self.options.seed, "attack", loss)
-            attack = PGD(self.threat, steps=20, loss=loss)  # type: ignore[arg-type]
+            attack = PGD(self.threat, steps=20, loss=loss)
             left[index] = ~attack.run(model, batch.inputs[index], batch.labels[index], generator=draw).broken
         found["pgd"] = percent(left)
         few = left[: self.options.attacked].clone()

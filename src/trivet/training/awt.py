@@ -48,10 +48,10 @@ class Awt(Stage):
 
     f_0 is the network as it comes, freshly initialised, f_m(x) = f(m * theta, x), X a batch and X~ adversarial for it.
     theta starts at the dense weights, m keeps the largest of each layer, and every `refresh` steps (not in the last
-    `refresh`) m is chosen again from the raw theta: dropped weights, which keep their values, may come back when kept
-    ones shrink. By Adam, in eval mode. K_m(x, x') = J(x) diag(m) J(x')^T is the kernel that training m * theta follows
-    (see `tangent_kernel`). Labels serve the attack alone. What is left is m * theta with m frozen; an ordinary `fit`
-    trains it. Biases are learnt and never dropped.
+    `refresh`) m is chosen again from the raw theta: dropped weights, which get no gradient, may come back when kept
+    ones shrink. K_m(x, x') = J(x) diag(m) J(x')^T is the kernel that training m * theta follows (`tangent_kernel`).
+    Labels serve the attack alone. By Adam, in eval mode, where BatchNorm knows no statistics yet: prefer networks
+    without. What is left is m * theta with m frozen; an ordinary `fit` trains it. Biases are learnt, never dropped.
 
     This is a reconstruction. The two terms, the budget and the mixed kernel are the paper's idea; the optimiser, the
     refresh and the constants are those of its predecessor's code, Neural Tangent Transfer (NTT: Liu & Zenke, ICML
@@ -222,7 +222,7 @@ class _Transfer:
         order = torch.randperm(len(self.train), generator=generator(self.seed, "batch", step))
         batch = self._batch(order[: awt.batch_size])
         attacked = self.perturbed(batch, step)
-        left, right = self._projections(step)
+        left, right = self.projections(step)
         sparse = self.sparse()
         here = linearize(self.student, batch.inputs, sparse, project=left, create_graph=True)
         there = linearize(self.student, attacked, sparse, project=right, create_graph=True)
@@ -248,11 +248,12 @@ class _Transfer:
                     model.get_parameter(name).copy_(value)
         return _adversarial(self.awt.objective, model, batch, derive_seed(self.seed, "attack", step))
 
-    def _projections(self, step: int) -> tuple[Tensor | None, Tensor | None]:
+    def projections(self, when: int | str) -> tuple[Tensor | None, Tensor | None]:
+        """What the outputs at X and at X~ are projected on, drawn apart; None for neither."""
         count, outputs = self.awt.sketches, self.train.num_classes
         if count is None:
             return None, None
-        left, right = (signs(outputs, count, self.seed, side, step) for side in ("left", "right"))
+        left, right = (signs(outputs, count, self.seed, side, when) for side in ("left", "right"))
         return left.to(self.context.device), right.to(self.context.device)
 
 
@@ -261,22 +262,17 @@ class _Probe:
 
     def __init__(self, transfer: _Transfer, batch: Batch) -> None:
         self.transfer, self.batch = transfer, batch
-        model, seed, count = transfer.dense, transfer.seed, transfer.awt.sketches
-        self.x = batch.inputs
-        self.attacked = _adversarial(transfer.awt.objective, model, batch, derive_seed(seed, "attack", "probes"))
-        self.project: Tensor | None = None
-        if count is not None:
-            self.project = signs(transfer.train.num_classes, count, seed, "probes").to(self.x.device)
+        seed = derive_seed(transfer.seed, "attack", "probes")
+        self.x, self.attacked = batch.inputs, _adversarial(transfer.awt.objective, transfer.dense, batch, seed)
+        self.sides: tuple[Tensor | None, Tensor | None] = transfer.projections("probes")
         self.here, self.there = self._of(transfer.start)
         self.reference = tangent_kernel(self.here, self.there)
         self.scale = float(self.reference.square().mean())
 
     def _of(self, parameters: Mapping[str, Tensor]) -> tuple[Linearization, Linearization]:
         at = {name: value.detach() for name, value in parameters.items()}
-        model = self.transfer.dense
-        return linearize(model, self.x, at, project=self.project), linearize(
-            model, self.attacked, at, project=self.project
-        )
+        model, (left, right) = self.transfer.dense, self.sides
+        return linearize(model, self.x, at, project=left), linearize(model, self.attacked, at, project=right)
 
     def distances(self) -> dict[str, float]:
         """Of the student from the dense network: mean squares, the kernel's relative to the dense one's."""
@@ -289,7 +285,7 @@ class _Probe:
 
     def lazy_bound(self) -> dict[str, Any] | None:
         """The diagnostic for the ticket on the attacked probes, one-hot targets; None where outputs are sketched."""
-        if self.project is not None:
+        if self.transfer.awt.sketches is not None:
             return None
         _, there = self._of(self.transfer.sparse())
         with torch.no_grad():
