@@ -15,12 +15,17 @@ from trivet.errors import BadValue
 from trivet.threats.apgd import APGD, APGDT
 from trivet.threats.attack import Attack, Target
 from trivet.threats.autoattack import AutoAttack
+from trivet.threats.boundary import Boundary
+from trivet.threats.carlini_wagner import CarliniWagner
+from trivet.threats.ead import EAD
 from trivet.threats.fab import FAB, FABT
 from trivet.threats.l1 import L1
 from trivet.threats.l2 import L2
 from trivet.threats.linf import Linf
 from trivet.threats.logit_scaled import LogitScaledPGD
 from trivet.threats.pgd import PGD, fgsm, random_fgsm
+from trivet.threats.pointwise import Pointwise
+from trivet.threats.slide import Slide
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
 
@@ -37,15 +42,28 @@ ATTACKS: dict[str, Callable[[ThreatModel], Attack]] = {
     "square": lambda threat: Square(threat, queries=200),
     "logit_scaled": lambda threat: LogitScaledPGD(threat, steps=5),
     "autoattack": QuickAutoAttack,
+    "carlini_wagner": lambda threat: CarliniWagner(threat, steps=20, searches=5, lr=0.05),
+    "boundary": lambda threat: Boundary(threat, steps=300),
+    "ead": lambda threat: EAD(threat, steps=10, searches=5),
+    "slide": lambda threat: Slide(threat, steps=6, restarts=2),
+    "pointwise": lambda threat: Pointwise(threat, restarts=3),
 }
 THREATS = {"linf": Linf(0.08), "l2": L2(0.4), "l1": L1(2.0)}
+ONLY = {"carlini_wagner": "l2", "boundary": "l2", "ead": "l1", "slide": "l1", "pointwise": "l1"}
+"""Attacks that know, or are made for, a single geometry."""
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
-every_threat = pytest.mark.parametrize("norm", THREATS)
+every_attack_and_threat = pytest.mark.parametrize(
+    ("name", "norm"), [(name, norm) for name in ATTACKS for norm in THREATS if ONLY.get(name, norm) == norm]
+)
 
 
-@every_attack
-@every_threat
+def aimed(name: str, radius: float) -> Attack:
+    """The attack within l_inf `radius`, or, if it knows another geometry alone, within a ball of it as dangerous."""
+    return ATTACKS[name](THREATS[ONLY.get(name, "linf")].scaled(radius / 0.08))
+
+
+@every_attack_and_threat
 def test_finds_are_in_the_set_and_misclassified_and_the_rest_is_as_it_was(
     name: str, norm: str, plain_net: nn.Module, test_points: Points
 ) -> None:
@@ -58,7 +76,7 @@ def test_finds_are_in_the_set_and_misclassified_and_the_rest_is_as_it_was(
     assert bool(threat.contains(x_adv, x).all())
     assert torch.equal(x_adv[~broken], x[~broken])
     assert torch.equal(x_adv[:5], x[:5])
-    assert int(broken[5:].sum()) >= (1 if name in ("fgsm", "random_fgsm", "square") else 4)
+    assert int(broken[5:].sum()) >= (1 if name in ("fgsm", "random_fgsm", "square", "boundary") else 4)
 
 
 class Scribbler(nn.Module):
@@ -97,9 +115,9 @@ def test_the_model_and_the_global_stream_are_as_before_also_after_an_error(name:
         model.body[1].eval()
     if fails_at:
         with pytest.raises(RuntimeError, match="the model fails"):
-            ATTACKS[name](Linf(0.5)).run(model, x, y)
+            aimed(name, 0.5).run(model, x, y)
     else:
-        ATTACKS[name](Linf(0.5)).run(model, x, y)
+        aimed(name, 0.5).run(model, x, y)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -126,8 +144,7 @@ def test_inputs_that_are_no_images_are_refused(
         attack.run(plain_net, spoil(test_points.x[:40]), test_points.y[:40])
 
 
-@every_attack
-@every_threat
+@every_attack_and_threat
 def test_a_radius_of_zero_leaves_clean_accuracy(
     name: str, norm: str, plain_net: nn.Module, test_points: Points
 ) -> None:
@@ -149,9 +166,10 @@ def test_few_classes_are_attacked_like_many(name: str, classes: int) -> None:
     model = Linear(classes)
     x = 0.3 + 0.4 * torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     y = model(x).argmax(1)
-    reach = model.distances(x, y, "Linf").amin(1)
-    radius = float(reach.quantile(0.5)) * (4 if name == "square" else 1.5)
-    _, broken = ATTACKS[name](Linf(radius)).run(model, x, y)
+    norm = ONLY.get(name, "linf")
+    reach = model.distances(x, y, THREATS[norm].norm).amin(1)
+    radius = float(reach.quantile(0.5)) * (4 if name in ("square", "pointwise") else 1.5)
+    _, broken = ATTACKS[name](replace(THREATS[norm], eps=radius)).run(model, x, y)
     assert int(broken.sum()) >= 10
 
 
@@ -159,11 +177,10 @@ def test_few_classes_are_attacked_like_many(name: str, classes: int) -> None:
 def test_the_same_generator_gives_the_same_finds(name: str, plain_net: nn.Module, test_points: Points) -> None:
     x, y = test_points.x[:15], test_points.y[:15]
     runs = [
-        ATTACKS[name](Linf(0.05)).run(plain_net, x, y, generator=torch.Generator().manual_seed(seed)).x_adv
-        for seed in (3, 3)
+        aimed(name, 0.05).run(plain_net, x, y, generator=torch.Generator().manual_seed(seed)).x_adv for seed in (3, 3)
     ]
     assert torch.equal(*runs)
-    default = [ATTACKS[name](Linf(0.05)).run(plain_net, x, y).x_adv for _ in range(2)]
+    default = [aimed(name, 0.05).run(plain_net, x, y).x_adv for _ in range(2)]
     assert torch.equal(*default)
 
 
@@ -174,7 +191,7 @@ def test_batches_of_any_size_give_results_of_the_same_kind(
     x, y = test_points.x[:60], test_points.y[:60]
     counts = []
     for batch_size in (7, 512):
-        x_adv, broken = ATTACKS[name](Linf(0.08)).run(plain_net, x, y, batch_size=batch_size)
+        x_adv, broken = aimed(name, 0.08).run(plain_net, x, y, batch_size=batch_size)
         assert torch.equal(plain_net(x_adv).argmax(1) != y, broken)
         counts.append(int(broken.sum()))
     assert abs(counts[0] - counts[1]) <= (0 if name == "fgsm" else 5)
@@ -182,7 +199,7 @@ def test_batches_of_any_size_give_results_of_the_same_kind(
 
 @every_attack
 def test_an_empty_batch_is_attacked_without_complaint(name: str, plain_net: nn.Module) -> None:
-    x_adv, broken = ATTACKS[name](Linf(0.1)).run(plain_net, torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))
+    x_adv, broken = aimed(name, 0.1).run(plain_net, torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))
     assert x_adv.shape == (0, 1, 8, 8)
     assert broken.shape == (0,)
 

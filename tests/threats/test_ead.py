@@ -80,7 +80,7 @@ def test_another_library_comes_to_the_same_points(plain_net: nn.Module, test_poi
     y = plain_net(x).argmax(1)
     theirs = foolbox.attacks.EADAttack(binary_search_steps=6, steps=50, decision_rule="L1", abort_early=False)
     reached = theirs.run(foolbox.PyTorchModel(plain_net, bounds=(0, 1), device="cpu"), x, y)
-    found, distance = EAD(L1(1.0), steps=50, searches=6).nearest(Target(plain_net, plain_net), x, y)
+    _, distance = EAD(L1(1.0), steps=50, searches=6).nearest(Target(plain_net, plain_net), x, y)
     torch.testing.assert_close(distance, (reached - x).flatten(1).abs().sum(1), rtol=1e-3, atol=1e-4)
 
 
