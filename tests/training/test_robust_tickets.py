@@ -133,21 +133,17 @@ def test_a_source_of_radius_zero_is_the_natural_one_bit_by_bit(tmp_path: Path) -
         for number, objective in enumerate(("plain", at_zero))
     )
     assert same(natural, at_radius_zero)
-    robust = pretrain(spec(objective={"name": "pgd_at", "steps": 2}))
-    assert not torch.equal(natural["0.weight"], run(tmp_path / "robust", robust).model.state_dict()["0.weight"])
+    robust = run(tmp_path / "robust", pretrain(spec(objective={"name": "pgd_at", "steps": 2}))).model
+    assert not torch.equal(natural["0.weight"], weight(robust, "0"))
 
 
 def test_dropping_nothing_is_plain_transfer(tmp_path: Path) -> None:
+    """Beside a stage that does nothing, so that the last ones draw alike."""
     nothing = stage("prune", pruner="magnitude", density=1.0, scope="global", exclude=[HEAD])
-    without = run(tmp_path / "without", pretrain(), fit()).model
-    # The same seed of the last stage: another stage stands where nothing is pruned.
-    with_it = run(tmp_path / "with", pretrain(), nothing).model
-    assert same(tensors(with_it), tensors(of_stage(tmp_path / "without", "00-pretrain", net())))
-    idle = stage("shrink")
-    a = run(tmp_path / "a", pretrain(), nothing, fit()).model
-    b = run(tmp_path / "b", pretrain(), idle, fit()).model
-    assert same(tensors(a), tensors(b))
-    assert not same(tensors(without), tensors(with_it))
+    ticket = run(tmp_path / "ticket", pretrain(), nothing, fit()).model
+    dense = run(tmp_path / "dense", pretrain(), stage("shrink"), fit()).model
+    assert same(tensors(ticket), tensors(dense))
+    assert not same(tensors(ticket), tensors(of_stage(tmp_path / "dense", "00-pretrain", net())))
 
 
 def test_masks_of_the_source_are_handed_on_and_hold(tmp_path: Path) -> None:
@@ -275,8 +271,6 @@ def test_rounds_of_imp_only_drop_more_and_go_on_from_masks_that_are_there(tmp_pa
 
 
 def test_settings_of_imp_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(BadValue, match="rounds=0 must be at least 1"):
-        stage("imp", fit=spec(), rounds=0)
     with pytest.raises(BadValue, match=r"share=1\.0 must lie strictly between 0 and 1"):
         stage("imp", fit=spec(), share=1.0)
     with pytest.raises(BadValue, match=r"fit\.compression=Hydra would be left on what is rewound"):
@@ -401,8 +395,6 @@ def test_rounds_of_private_imp_are_paid_for_together(tmp_path: Path) -> None:
     (claim,) = privacy(run(tmp_path / "imp", imp, model=small_net()))
     twice = run(tmp_path / "twice", fit(rule=RULE), fit(rule=RULE), model=small_net())
     assert claim.value == pytest.approx(privacy(twice)[0].value)
-    once = run(tmp_path / "once", fit(rule=RULE), model=small_net())
-    assert claim.value > privacy(once)[0].value
     assert privacy(run(tmp_path / "plain", imp, fit(), model=small_net())) == []
     assert imp[1].effect().privacy[0] is Verdict.COMPOSE
     assert stage("imp", fit=spec())[1].effect().privacy[0] is Verdict.VOID
