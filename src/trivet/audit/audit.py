@@ -164,7 +164,8 @@ class Audit:
         seen = _behaviour(model, first, data.num_classes)
         checks = masking.of_behaviour(seen) + consistency.of_model(model, first, seen.randomised)
         # Networks with an interpolating output layer are never judged by their own gradients alone.
-        battery = tuple(dict.fromkeys((*self.battery(seen), *wnll_battery(model, self.threat))))
+        battery = self.battery(seen)
+        battery += tuple(each for each in wnll_battery(model, self.threat) if each not in battery)
         labels = perturbation_types.labels(self.threat, battery)
         attacks = [sweep.attack(*pair) for pair in zip(battery, labels, strict=True)]
         transferred = [label for label, each in zip(labels, battery, strict=True) if isinstance(each, WnllTransfer)]
