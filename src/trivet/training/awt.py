@@ -63,6 +63,13 @@ class Awt(Stage):
     the lazy regime is in the record of the stage, with the reasons why it is VOID (`LazyBound`): adversarial training
     makes its examples anew, which alone is enough.
 
+    Measured on the digits (perceptron 64-256-128-10, 5 % kept, l_inf 0.1, 30 epochs of PGD-5, AutoAttack on 200 test
+    points, two seeds): the kernel distance falls from 0.95 to 0.12 and 0.20, and 71.3 % withstand, against 41.8 of
+    magnitude at the start, 17.3 at random, 84.8 of the dense network; but SNIP on the adversarial loss is no worse
+    (76.3), nor is the mask on the first weights (75.0), nor, on the one seed tried, the clean kernel (74.0 against
+    73.5). The match does not last: after 5 epochs the kernels are 0.5 to 0.6 apart, and the dense network's has moved
+    to more than twice its size. A reason to prefer this to SNIP was not found.
+
     A killed run begins the transfer again. The stage reads records, without noise: a privacy claim ends here, and no
     later stage can make one.
 
