@@ -196,7 +196,7 @@ def row(rival: Rival, options: argparse.Namespace, splits: Splits, epochs: int) 
 def table(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each method; what an earlier run left in --out stays."""
     splits: Splits = build("data", "mnist").limited(train=options.train)
-    rows = earlier(options)
+    rows = harness.earlier(options, SETTINGS, "rows")
     for rival in rivals(options.eps):
         if options.only and rival.name not in options.only:
             continue
@@ -213,17 +213,6 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row(rival, options, splits, epochs))
         harness.show(f"MNIST, eps {options.eps}, so far", brief(rows))
         harness.save(options, {"published": published(options.eps), "rows": rows})
-    return rows
-
-
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    same = all(found["settings"].get(name) == getattr(options, name) for name in SETTINGS)
-    if not same:
-        raise SystemExit(f"{options.out} holds rows of other settings; write to another file, or remove it.")
-    rows: list[dict[str, Any]] = found["results"]["rows"]
     return rows
 
 

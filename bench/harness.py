@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trivet import machine
-from trivet.files import write_json
+from trivet.files import read_json, write_json
 
 
 def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -96,6 +96,18 @@ def show(title: str, table: Sequence[Mapping[str, Any]]) -> None:
 
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def earlier(options: argparse.Namespace, settings: Sequence[str], under: str) -> list[dict[str, Any]]:
+    """What an interrupted run left in --out `under` this name; refused if it had other `settings` than `options`."""
+    if not (options.out and options.out.exists()):
+        return []
+    found = read_json(options.out)
+    different = [name for name in settings if found["settings"].get(name) != getattr(options, name)]
+    if different:
+        raise SystemExit(f"{options.out} has other {', '.join(different)}; write to another file, or remove it.")
+    kept: list[dict[str, Any]] = found["results"][under]
+    return kept
 
 
 def save(options: argparse.Namespace, results: Any) -> None:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -284,16 +283,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    if any(found["settings"].get(name) != getattr(options, name) for name in SETTINGS):
-        raise SystemExit(f"{options.out} holds rows of other settings; write to another file, or remove it.")
-    rows: list[dict[str, Any]] = found["results"]["rows"]
-    return rows
-
-
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("--eps", type=float, default=0.1)
@@ -310,7 +299,7 @@ def main() -> None:
     options = parser.parse_args()
     harness.prepare(options)
     splits: Splits = build("data", "mnist").limited(train=options.train)
-    ready, rows = Pretrained(options, splits), earlier(options)
+    ready, rows = Pretrained(options, splits), harness.earlier(options, SETTINGS, "rows")
     done = {(each["family"], each["rival"], each["density"], each["seed"]) for each in rows}
     wanted = [
         (name, family, density, seed)

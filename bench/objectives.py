@@ -250,7 +250,7 @@ def _percent(hits: Tensor) -> float:
 
 def measured(options: argparse.Namespace, rows: Sequence[Row], splits: Splits) -> dict[str, Any]:
     """Rows by seed, one after the other, each saved when it is done; then the transfers among them."""
-    runs, threat = earlier(options), build("threats", options.threat, expects=ThreatModel)
+    runs, threat = harness.earlier(options, SETTINGS, "runs"), build("threats", options.threat, expects=ThreatModel)
     batch = splits.test.batch(torch.arange(options.points))
     for seed in range(options.seed, options.seed + options.rounds):
         for row in rows:
@@ -273,17 +273,6 @@ def measured(options: argparse.Namespace, rows: Sequence[Row], splits: Splits) -
     slack = max(0.5, 200 / options.points)
     table = [summary(row.title, runs, moved, counted[row.title], slack) for row in rows]
     return {"table": table, "transfers": moved, "runs": runs}
-
-
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    different = [name for name in SETTINGS if found["settings"].get(name) != getattr(options, name)]
-    if different:
-        raise SystemExit(f"{options.out} has other {', '.join(different)}; write to another file, or remove it.")
-    runs: list[dict[str, Any]] = found["results"]["runs"]
-    return runs
 
 
 def summary(

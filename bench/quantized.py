@@ -22,7 +22,6 @@ directions. A row that is in --out already, from the same settings, is not made 
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -150,7 +149,7 @@ def size_of(model: nn.Module) -> dict[str, Any]:
 
 
 def measured(options: Any, splits: Splits) -> dict[str, Any]:
-    runs = earlier(options)
+    runs = harness.earlier(options, SETTINGS, "runs")
     batch = splits.test.batch(torch.arange(options.points))
     for seed in range(options.seed, options.seed + options.rounds):
         for loss in LOSSES:
@@ -168,17 +167,6 @@ def measured(options: Any, splits: Splits) -> dict[str, Any]:
                 print(f"{weights}, {loss}, seed {seed}: {found}", flush=True)
                 harness.save(options, {"runs": runs, "table": summary(runs)})
     return {"runs": runs, "table": summary(runs)}
-
-
-def earlier(options: Any) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    different = [name for name in SETTINGS if found["settings"].get(name) != getattr(options, name)]
-    if different:
-        raise SystemExit(f"{options.out} has other {', '.join(different)}; write to another file, or remove it.")
-    runs: list[dict[str, Any]] = found["results"]["runs"]
-    return runs
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

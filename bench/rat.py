@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import tempfile
@@ -145,7 +144,7 @@ def judged(model: nn.Module, splits: Splits, old: Universal, seed: int, points: 
 
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A run for each round, size and rival, saved when it is done; what is in --out already stays."""
-    splits, runs = digits(), earlier(options)
+    splits, runs = digits(), harness.earlier(options, SETTINGS, "runs")
     shape, classes = splits.train.input_shape, splits.train.num_classes
     done = {(run["seed"], run["size"], run["training"]) for run in runs}
     names = [name for name in rivals() if not options.only or name in options.only]
@@ -166,17 +165,6 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             found = judged(model, splits, old, seed, options.points)
             runs.append({"training": name, "size": size, "seed": seed, **found, "train_seconds": seconds})
             harness.save(options, {"table": table(runs), "runs": runs})
-    return runs
-
-
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    different = [name for name in SETTINGS if found["settings"].get(name) != getattr(options, name)]
-    if different:
-        raise SystemExit(f"{options.out} has other {', '.join(different)}; write to another file, or remove it.")
-    runs: list[dict[str, Any]] = found["results"]["runs"]
     return runs
 
 
