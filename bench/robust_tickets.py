@@ -19,7 +19,7 @@ of records, target records and the first weights of the new head are shared by a
 
 The last epoch counts; nothing is chosen by test records. Rates were set on seed 100, which is not reported. `ahead` is
 robust less natural, seed by seed, in points, with its standard error and Student's interval. A row that is in --out
-already, from the same settings, is not made again.
+already, from the same settings, is not made again; what --out lacks of these plans has not been run.
 """
 
 from __future__ import annotations

@@ -43,8 +43,10 @@ class Pretrain(Stage):
     then `fit` (fine-tuning, masks fixed) or `linear_evaluation` on the recipe's data with a natural loss. A natural
     ticket has eps 0, or `plain`. The normalisation that a model brings along is part of the body, the same for all.
 
-    Whether robust tickets transfer better is measured, not promised; what was found is in `results`. Robustness of the
-    source mostly fades in natural fine-tuning.
+    That robust tickets transfer better is not promised. Measured with OMP from MNIST (14x14, l_inf 0.02) to 200 of the
+    digits, five paired seeds, robust less natural in points of clean accuracy with standard errors, 0 / 80 / 90 / 95 /
+    98 % dropped: linear +2.8 (0.3), +3.4 (1.0), +0.8 (1.3), -0.8 (0.7), +0.6 (4.6); fine-tuned within 0.8 of zero, each
+    interval of 95 % with zero in it. PGD-10 at 0.05 left more of robust tickets; that is an attack, no certificate.
 
     Privacy: the recipe's own records are not read, and a source that shares a record with them is refused. Of the
     source's records, the stage's record says what protected them, which unless a private rule trained here is nothing;
