@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -278,16 +277,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    if any(found["settings"].get(name) != getattr(options, name) for name in SETTINGS):
-        raise SystemExit(f"{options.out} holds rows of other settings; write to another file, or remove it.")
-    rows: list[dict[str, Any]] = found["results"]["rows"]
-    return rows
-
-
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("--eps", type=float, default=0.1)
@@ -300,7 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     harness.prepare(options)
     splits: Splits = build("data", "digits")
-    rows = earlier(options)
+    rows = harness.earlier(options, SETTINGS, "rows")
     done = {(each["rival"], each["density"], each["seed"]) for each in rows}
     for seed in options.seeds:
         bench = Bench(options, splits, seed)

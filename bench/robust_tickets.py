@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -245,16 +244,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not (options.out and options.out.exists()):
-        return []
-    found = json.loads(options.out.read_text())
-    if any(found["settings"].get(name) != getattr(options, name) for name in SETTINGS):
-        raise SystemExit(f"{options.out} holds rows of other settings; write to another file, or remove it.")
-    rows: list[dict[str, Any]] = found["results"]["rows"]
-    return rows
-
-
 def wanted(options: argparse.Namespace) -> list[Ticket]:
     """In the order of what matters most."""
     radii, first = (0.0, *options.radii), (0.0, *options.radii[:1])
@@ -292,7 +281,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["OMP", "IMP", "LMP", "filters", "random"])
     options = parser.parse_args()
     harness.prepare(options)
-    rows, ready = earlier(options), {}
+    rows, ready = harness.earlier(options, SETTINGS, "rows"), {}
     done = {(each["method"], each["eps"], each["density"], each["seed"], each["mode"]) for each in rows}
     for name in dict.fromkeys(wanted(options)):
         modes = [mode for mode in MODES if (*name, mode) not in done]
