@@ -107,7 +107,7 @@ def test_help_lists_every_command(sh: Shell) -> None:
         (["train", "digits-plain", "--set", "nonsense"], "write it as key=value"),
         (
             ["train", "digits-plain", "--data", "no-such-data"],
-            "--data no-such-data: data.name: there is no 'no-such-data' in data; choose one of: cifar10,",
+            "--data no-such-data: data.name: there is no 'no-such-data' in data; choose one of: adapted, cifar10,",
         ),
         (["train", "digits-plain", "--data", "absent.npz"], "absent.npz"),
         (["train", "digits-plain", "--device", "toaster"], "there is no device 'toaster'"),

@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet": {"depth": 8},
     "preact_resnet18": {},
     "wide_resnet": {"depth": 10, "widen_factor": 1},
+    "en_resnet": {"members": 2, "blocks": 1, "channels": 4},
     "pixeldp_cnn": {"hidden": 20},
     "heterogeneous_noise_cnn": {"hidden": 20},
     "lenet5": {"norm": "layer"},

@@ -29,7 +29,7 @@ class NoisyPreActBlock(PreActBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         r = super().forward(x)
-        std = r.std() if self.over == "batch" else r.flatten(1).std(1).reshape(-1, *(1,) * (r.ndim - 1))
+        std = r.std() if self.over == "batch" else r.flatten(1).std(1)[:, None, None, None]
         return r + self.noise * std * torch.randn_like(r, memory_format=torch.contiguous_format)
 
 
@@ -62,6 +62,8 @@ def en_resnet(
     over: Over = "sample",
     draws: int = 1,
     norm: Norm = "batch",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> EnResNet:
     """`members` pre-activation residual networks of three stages, channels, 2 channels and 4 channels wide.
@@ -69,7 +71,7 @@ def en_resnet(
     `blocks` per stage: 3 is the paper's ResNet-20, 5, 7, 9, 18 its ResNet-32, 44, 56, 110. The noise stays on in eval
     mode, as in the authors' code: answers are draws. A ResNet is an Euler step of a transport equation; noise adds a
     diffusion, whose solution the ensemble's mean approximates. That is a motive, not a certificate.
-    Images [B, C, H, W] in [0, 1] are not normalised. Logits [B, K].
+    Images [B, C, H, W] in [0, 1], in the paper without normalisation by `mean` and `std`. Logits [B, K].
 
     Args:
         noise: the deviation of the noise relative to that of the block's output; 0.1 in the paper. With 0 and one
@@ -88,7 +90,7 @@ def en_resnet(
 
     def member() -> nn.Module:
         net = preact_network(
-            input_shape, num_classes, channels, stages, norm, None, None, generator, block=NoisyPreActBlock
+            input_shape, num_classes, channels, stages, norm, mean, std, generator, block=NoisyPreActBlock
         )
         for module in net.modules():
             if isinstance(module, NoisyPreActBlock):
