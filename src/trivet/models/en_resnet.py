@@ -29,7 +29,10 @@ class NoisyPreActBlock(PreActBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         r = super().forward(x)
-        std = r.std() if self.over == "batch" else r.flatten(1).std(1)[:, None, None, None]
+        flat = r.flatten() if self.over == "batch" else r.flatten(1)
+        # Not `std`, which warns of a batch without records.
+        square = (flat - flat.mean(-1, keepdim=True)).square().sum(-1) / (flat.shape[-1] - 1)
+        std = square.sqrt() if self.over == "batch" else square.sqrt()[:, None, None, None]
         return r + self.noise * std * torch.randn_like(r, memory_format=torch.contiguous_format)
 
 
