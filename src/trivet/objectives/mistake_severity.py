@@ -48,9 +48,9 @@ class MistakeSeverity(Adversary, Objective):
     answers are farther off. An attack that looks for severe mistakes forces the farthest ones on more records than
     under PGD-AT (14.9 % against 12.4 %). Soft labels without any attack (`soft_labels`) reach 2.14, at 32.7 %. With
     `any` no difference from PGD-AT is seen (2.31); `similar` is worse than chance (2.75, accuracy 41.1 %). Without
-    attack there are 5 to 14 mistakes, too few to tell. One seed on MNIST (5,000 training, 300 test records) orders
-    severity under AutoAttack alike, 1.82 against 2.04 of PGD-AT and 2.13 of TRADES, at 60.3 % against 68.7 % and
-    60.0 %; error times severity is 0.72 against 0.64 and 0.85.
+    attack there are 5 to 14 mistakes, too few to tell. Two seeds on MNIST (5,000 training, 300 test records) order
+    severity under AutoAttack alike, 1.83 against 2.05 of PGD-AT and 2.10 of TRADES, at 59.3 % against 70.0 % and
+    60.5 %; error times severity is 0.74 against 0.62 and 0.83.
 
     Attributes:
         hierarchy: the tree of the classes, which stand in the order of the labels.
