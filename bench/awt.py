@@ -140,7 +140,7 @@ class Bench:
             "magnitude": {"pruner": "magnitude"},
             "SNIP": {"pruner": "snip", "objective": {"name": "pgd_at", "steps": 5}},
             "GraSP": {"pruner": "grasp", "objective": {"name": "pgd_at", "steps": 5}},
-            "SynFlow": {"pruner": "syn_flow"},
+            "SynFlow": {"pruner": "synflow"},
         }
         if name == "dense":
             return self.network(), {}
