@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trivet.compression.binary_relax import BinaryRelax, distance
+from trivet.compression.binary_relax import BinaryRelax
 from trivet.compression.compression import Moment, steps_on
 from trivet.compression.masks import Masks
 from trivet.compression.ternary import Ternary
@@ -67,7 +67,7 @@ def test_both_limits_are_the_weight_and_the_grid() -> None:
     compression.end(model)
     assert torch.equal(model[1].weight, compression.projection.project(net()[1].weight))
     assert len(model[1].weight.unique()) == 2
-    assert distance(model, compression)["1"] == pytest.approx(
+    assert compression.report(model)["distance_to_grid"]["1"] == pytest.approx(
         float(((net()[1].weight - model[1].weight).norm() / net()[1].weight.norm()).detach())
     )
 

@@ -91,6 +91,16 @@ class BinaryRelax(Compression):
             for each, eta in zip(maps, kept, strict=True):
                 each.eta.fill_(eta)
 
+    def distances(self, model: nn.Module) -> dict[str, float]:
+        """How far each layer's own weights are from the grid, ||w - Q(w)|| / ||w||."""
+        layers: dict[str, Any] = self.layers(model)
+        with torch.no_grad():
+            weights = {name: given(layer) for name, layer in layers.items()}
+            return {name: float((w - self.projection.project(w)).norm() / w.norm()) for name, w in weights.items()}
+
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        return {"distance_to_grid": self.distances(model)}
+
     def end(self, model: nn.Module) -> Compression:
         self._harden(model)
         return self
@@ -98,11 +108,3 @@ class BinaryRelax(Compression):
     def _harden(self, model: nn.Module) -> None:
         for each in self.maps(model).values():
             each.eta.fill_(torch.inf)
-
-
-def distance(model: nn.Module, compression: BinaryRelax) -> dict[str, float]:
-    """How far each layer's weights are from the grid, ||w - Q(w)|| / ||w||, by the layer's name."""
-    layers: dict[str, Any] = compression.layers(model)
-    with torch.no_grad():
-        weights = {name: given(layer) for name, layer in layers.items()}
-        return {name: float((w - compression.projection.project(w)).norm() / w.norm()) for name, w in weights.items()}
