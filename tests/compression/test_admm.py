@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import assert_a_kill_changes_nothing, run_on
 from torch import nn
 
 from trivet.compression.admm import Admm
@@ -16,27 +17,11 @@ from trivet.compression.compression import Moment, originals, steps_on
 from trivet.compression.masks import Mask, Masks
 from trivet.compression.projection import Projection
 from trivet.compression.sparse_projection import Sparse
-from trivet.data.dataset import Dataset, Splits
 from trivet.errors import BadValue
 from trivet.methods import build
-from trivet.training import fit as fit_module
-from trivet.training.folder import RunFolder
-from trivet.training.pipeline import run_stages
 from trivet.training.stage import Checkpoint
 
 ADMM = {"name": "admm", "projection": {"name": "sparse", "density": 0.25}, "rho": 0.05, "growth": 1.5}
-
-
-def blobs(count: int, seed: int) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = torch.randint(0, 100, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    images[labels == 0, :, :2] += 120
-    images[labels == 1, :, 2:] += 120
-    return Dataset(images, labels, ("top", "bottom"), "blobs")
-
-
-SPLITS = Splits(blobs(96, 0), blobs(40, 1))
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -49,10 +34,8 @@ def stage(**settings: Any) -> Any:
     return build("training", spec | settings)
 
 
-def run(folder: Path, *stages: Any, model: nn.Module | None = None, new: bool = True) -> Checkpoint:
-    made = RunFolder.create(folder, "recipe") if new else RunFolder.open(folder)
-    named = [("fit", each) for each in stages]
-    return run_stages(named, model or net(), SPLITS, made, seed=3, device=torch.device("cpu"))
+def run(folder: Path, *stages: Any) -> Checkpoint:
+    return run_on(net(), folder, *stages)
 
 
 def settle(target: torch.Tensor, rho: float, keep: int, updates: int = 60) -> tuple[Any, nn.Module]:
@@ -189,21 +172,7 @@ class Signs(Projection):
 @pytest.mark.parametrize("step", [3, 4, 9])
 def test_a_killed_run_resumes_to_the_same_bits(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = (stage(compression=ADMM, save_every=1),)
-    whole = run(tmp_path / "whole", *stages)
-    honest, calls = fit_module._Loop._step, itertools.count()
-
-    def stop(loop: Any, batch: Any, now: int) -> Any:
-        if next(calls) == step:
-            raise KeyboardInterrupt
-        return honest(loop, batch, now)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_module._Loop, "_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", *stages)
-    resumed = run(tmp_path / "run", *stages, model=net(5), new=False)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert_a_kill_changes_nothing(step, stages, net, tmp_path, monkeypatch)
 
 
 def test_the_sparse_projection_is_the_nearest_sparse_weight() -> None:

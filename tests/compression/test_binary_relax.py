@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from short_runs import SPLITS
 from torch import nn
 
 from trivet.compression.binary_relax import BinaryRelax
 from trivet.compression.compression import Moment, steps_on
 from trivet.compression.masks import Masks
 from trivet.compression.ternary import Ternary
-from trivet.data.dataset import Dataset, Splits
 from trivet.errors import BadValue
 from trivet.methods import build
 from trivet.training.folder import RunFolder
@@ -25,17 +25,6 @@ from trivet.training.pipeline import run_stages
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-def blobs(count: int, seed: int) -> Dataset:
-    labels = torch.arange(count) % 2
-    images = torch.randint(0, 100, (count, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    images[labels == 0, :, :2] += 120
-    images[labels == 1, :, 2:] += 120
-    return Dataset(images, labels, ("top", "bottom"), "blobs")
-
-
-SPLITS = Splits(blobs(96, 0), blobs(40, 1))
 
 
 def attached(**chosen: Any) -> tuple[nn.Sequential, BinaryRelax]:

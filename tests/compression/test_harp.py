@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import assert_a_kill_changes_nothing, run_on
 from torch import nn
 
 from trivet.claims import PrivacyClaim
@@ -15,27 +16,11 @@ from trivet.compression.compression import Moment, originals, steps_on
 from trivet.compression.harp import Harp
 from trivet.compression.hydra import Hydra
 from trivet.compression.structured import Structured
-from trivet.data.dataset import Dataset, Splits
 from trivet.errors import BadValue
 from trivet.methods import build
-from trivet.training import fit as fit_module
-from trivet.training.folder import RunFolder
-from trivet.training.pipeline import run_stages
 from trivet.training.stage import Checkpoint
 
 HARP = {"name": "harp", "density": 0.1, "start": 0.5, "gamma": 0.5}
-
-
-def blobs(count: int, seed: int) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = torch.randint(0, 100, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    images[labels == 0, :, :2] += 120
-    images[labels == 1, :, 2:] += 120
-    return Dataset(images, labels, ("top", "bottom"), "blobs")
-
-
-SPLITS = Splits(blobs(96, 0), blobs(40, 1))
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -51,10 +36,8 @@ def stage(**settings: Any) -> Any:
     return build("training", spec | settings)
 
 
-def run(folder: Path, *stages: Any, model: nn.Module | None = None, new: bool = True) -> Checkpoint:
-    made = RunFolder.create(folder, "recipe") if new else RunFolder.open(folder)
-    named = [("fit", each) for each in stages]
-    return run_stages(named, model or net(), SPLITS, made, seed=3, device=torch.device("cpu"))
+def run(folder: Path, *stages: Any) -> Checkpoint:
+    return run_on(net(), folder, *stages)
 
 
 def prepared(harp: Hydra, seed: int = 0) -> tuple[nn.Sequential, list[Any]]:
@@ -148,21 +131,7 @@ def test_rates_above_the_budget_are_lowered_together_no_more_than_need_be() -> N
 @pytest.mark.parametrize("step", [3, 4, 9])
 def test_a_killed_run_resumes_to_the_same_bits(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = (stage(compression=HARP, save_every=1),)
-    whole = run(tmp_path / "whole", *stages)
-    honest, calls = fit_module._Loop._step, itertools.count()
-
-    def stop(loop: Any, batch: Any, now: int) -> Any:
-        if next(calls) == step:
-            raise KeyboardInterrupt
-        return honest(loop, batch, now)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_module._Loop, "_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", *stages)
-    resumed = run(tmp_path / "run", *stages, model=net(5), new=False)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert_a_kill_changes_nothing(step, stages, net, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("engine", ["book_keeping", "materialised"])

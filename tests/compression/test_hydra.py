@@ -10,34 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from short_runs import assert_a_kill_changes_nothing, run_on
 from torch import nn
 
 from trivet.claims import PrivacyClaim
 from trivet.compression.compression import originals, steps_on
 from trivet.compression.hydra import Hydra
 from trivet.compression.masks import Mask
-from trivet.data.dataset import Dataset, Splits
 from trivet.methods import build
 from trivet.privacy.budget import spendings
-from trivet.training import fit as fit_module
 from trivet.training.folder import RunFolder
-from trivet.training.pipeline import load_into, run_stages
+from trivet.training.pipeline import load_into
 from trivet.training.stage import Checkpoint
 
 THREAT = build("threats", {"name": "linf", "eps": 0.05})
 HYDRA = {"name": "hydra", "density": 0.25}
-
-
-def blobs(count: int, seed: int) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = torch.randint(0, 100, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    images[labels == 0, :, :2] += 120
-    images[labels == 1, :, 2:] += 120
-    return Dataset(images, labels, ("top", "bottom"), "blobs")
-
-
-SPLITS = Splits(blobs(96, 0), blobs(40, 1))
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -50,10 +37,8 @@ def stage(objective: Any = "plain", **settings: Any) -> Any:
     return build("training", spec | settings, threat=THREAT)
 
 
-def run(folder: Path, *stages: Any, model: nn.Module | None = None, new: bool = True) -> Checkpoint:
-    made = RunFolder.create(folder, "recipe") if new else RunFolder.open(folder)
-    named = [("fit", each) for each in stages]
-    return run_stages(named, model or net(), SPLITS, made, seed=3, device=torch.device("cpu"))
+def run(folder: Path, *stages: Any) -> Checkpoint:
+    return run_on(net(), folder, *stages)
 
 
 def prepared(density: float, seed: int = 0) -> nn.Sequential:
@@ -180,21 +165,7 @@ def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [3, 6, 9, 14, 22])
 def test_a_killed_run_resumes_to_the_same_bits(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = (stage(save_every=2), stage(compression=HYDRA, save_every=2), stage(save_every=2))
-    whole = run(tmp_path / "whole", *stages)
-    honest, calls = fit_module._Loop._step, itertools.count()
-
-    def stop(loop: Any, batch: Any, now: int) -> Any:
-        if next(calls) == step:
-            raise KeyboardInterrupt
-        return honest(loop, batch, now)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_module._Loop, "_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", *stages)
-    resumed = run(tmp_path / "run", *stages, model=net(5), new=False)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert_a_kill_changes_nothing(step, stages, net, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("engine", ["book_keeping", "materialised"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trivet.compression.compression import Compression, Moment, WeightMap, given, originals, steps_on
+from trivet.compression.compression import Compression, Moment, WeightMap, given, originals, replace_last, steps_on
 from trivet.compression.masks import Mask, Masks
 from trivet.compression.projection import Projection
 from trivet.errors import require
@@ -149,8 +149,7 @@ class Admm(Compression):
             allowed = self.projection.project(given(layer))
             (stored,) = originals(layer)
             stored.copy_(allowed)
-            chains: Any = layer.parametrizations
-            chains.weight[-1] = Mask(allowed != 0)
+            replace_last(layer, Mask(allowed != 0))
         return Masks(include=self.include, exclude=self.exclude)
 
     def _split(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:

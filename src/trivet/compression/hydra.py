@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trivet.compression.compression import WEIGHTED, Compression, WeightMap, given, originals
+from trivet.compression.compression import WEIGHTED, Compression, WeightMap, given, originals, replace_last
 from trivet.compression.masks import Mask, Masks
 from trivet.compression.pattern import Pattern
 from trivet.compression.unstructured import Unstructured
@@ -94,8 +94,7 @@ class Hydra(Compression):
     def end(self, model: nn.Module) -> Compression:
         layers = self.layers(model)
         for name, each in self.maps(model).items():
-            chains: Any = layers[name].parametrizations
-            chains.weight[-1] = Mask(each.mask)
+            replace_last(layers[name], Mask(each.mask))
         _train_weights(model, True)
         return Masks(include=self.include, exclude=self.exclude)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trivet.compression.compression import Compression, Moment, WeightMap
+from trivet.compression.compression import Compression, Moment, WeightMap, originals, replace_last
 from trivet.compression.masks import Mask, Masks
 from trivet.errors import require
 from trivet.methods import method
@@ -117,11 +117,11 @@ class Rvsm(Compression):
 
     @torch.no_grad()
     def end(self, model: nn.Module) -> Compression:
-        layers: dict[str, Any] = self.layers(model)
+        layers = self.layers(model)
         for name, split in self.maps(model).items():
-            chain = layers[name].parametrizations.weight
-            chain.original.copy_(split.shadow)
-            chain[-1] = Mask(split.shadow != 0)
+            (stored,) = originals(layers[name])
+            stored.copy_(split.shadow)
+            replace_last(layers[name], Mask(split.shadow != 0))
         return Masks(include=self.include, exclude=self.exclude)
 
 

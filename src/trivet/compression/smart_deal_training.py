@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trivet.compression.compression import Compression, Moment, WeightMap, originals
+from trivet.compression.compression import Compression, Moment, WeightMap, originals, replace_last
 from trivet.compression.smart_deal import Rebuilt, Slicing, SmartDeal, SmartDealFactors, nearest_power
 from trivet.errors import require
 from trivet.methods import method
@@ -118,9 +118,8 @@ class SmartDealTraining(SmartDeal):
         yield
 
     def end(self, model: nn.Module) -> Compression:
-        layers: dict[str, Any] = self.layers(model)
-        for layer in layers.values():
-            chain = layer.parametrizations.weight
-            chain[-1] = Rebuilt(chain[-1].slicing, self.threshold, self.bits)
+        layers, maps = self.layers(model), self.maps(model)
+        for name, layer in layers.items():
+            replace_last(layer, Rebuilt(maps[name].slicing, self.threshold, self.bits))
             originals(layer)[0].requires_grad_(False)
         return SmartDealFactors(threshold=self.threshold, bits=self.bits, include=tuple(layers))
