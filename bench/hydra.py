@@ -1,11 +1,12 @@
-"""Pruning robust networks on MNIST: what is left at 10, 5 and 1 % of the weights, for equal total epochs.
+"""Pruning robust networks: what is left at 10, 5 and 1 % of the weights, for equal total epochs.
 
     python bench/hydra.py --threads 1 --out results/hydra.json
     python bench/hydra.py --threads 1 --family ibp gaussian --out results/hydra.json
+    python bench/hydra.py --threads 1 --data cifar10 --family pgd gaussian --out results/hydra-cifar10.json
 
-One network (16 and 32 channels, a layer of 100: 166,248 weights), the same records, batches, optimizer and total of
-epochs for every row; a row is a method at a density with a seed, and seeds pair the rows: first weights, order of
-records and attacks' draws are shared. Four families, by what is trained for:
+One network (16 and 32 channels, a layer of 100: 166,248 weights on MNIST, 214,760 on CIFAR-10), the same records,
+batches, optimizer and total of epochs for every row; a row is a method at a density with a seed, and seeds pair the
+rows: first weights, order of records and attacks' draws are shared. Three families, by what is trained for:
 
     pgd        PGD-5 at radius --eps: clean, PGD-20 (two losses), and AutoAttack on the first --attacked test points
     ibp        interval bounds at the same radius: clean, attacked as above, proved by IBP and then by CROWN-IBP
@@ -52,7 +53,11 @@ from trivet.training.folder import RunFolder
 from trivet.training.pipeline import run_stages
 from trivet.training.stage import Stage
 
-SETTINGS = ("eps", "train", "epochs", "batch_size", "points", "attacked", "smoothed", "seed")
+DEFAULTS = {
+    "mnist": {"eps": 0.1, "train": 6000, "epochs": 6, "points": 2000, "attacked": 500, "smoothed": 500},
+    "cifar10": {"eps": 8 / 255, "train": 10_000, "epochs": 4, "points": 1000, "attacked": 300, "smoothed": 300},
+}
+SETTINGS = ("data", "eps", "train", "epochs", "batch_size", "points", "attacked", "smoothed", "seed")
 """What must be the same for a row to be taken from an earlier run."""
 SIGMA, RADII = 0.25, (0.25, 110 / 255)
 METHODS = {
@@ -285,20 +290,24 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=1)
-    parser.add_argument("--eps", type=float, default=0.1)
-    parser.add_argument("--train", type=int, default=6000, help="training records, the first ones")
-    parser.add_argument("--epochs", type=int, default=6, help="of training before pruning; two and a half times in all")
+    parser.add_argument("--data", choices=sorted(DEFAULTS), default="mnist")
+    parser.add_argument("--eps", type=float)
+    parser.add_argument("--train", type=int, help="training records, the first ones")
+    parser.add_argument("--epochs", type=int, help="of training before pruning; two and a half times in all")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--points", type=int, default=2000, help="test points for PGD and bounds, the first ones")
-    parser.add_argument("--attacked", type=int, default=500, help="the first of them, for AutoAttack")
-    parser.add_argument("--smoothed", type=int, default=500, help="test points for smoothing, the first ones")
+    parser.add_argument("--points", type=int, help="test points for PGD and bounds, the first ones")
+    parser.add_argument("--attacked", type=int, help="the first of them, for AutoAttack")
+    parser.add_argument("--smoothed", type=int, help="test points for smoothing, the first ones")
     parser.add_argument("--densities", type=float, nargs="*", default=[0.1, 0.05, 0.01])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--family", nargs="*", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--only", nargs="*", help="methods to run, by name; all of them if left out")
     options = parser.parse_args()
+    for name, value in DEFAULTS[options.data].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     harness.prepare(options)
-    splits: Splits = build("data", "mnist").limited(train=options.train)
+    splits: Splits = build("data", options.data).limited(train=options.train)
     ready, rows = Pretrained(options, splits), harness.earlier(options, SETTINGS, "rows")
     done = {(each["family"], each["rival"], each["density"], each["seed"]) for each in rows}
     wanted = [
