@@ -1,8 +1,10 @@
-"""Adversarial winning tickets on the digits: which sparse start adversarial training does best from.
+"""Adversarial winning tickets: which sparse start adversarial training does best from.
 
     python bench/awt.py --threads 1 --out results/awt.json
+    python bench/awt.py --threads 1 --data mnist --out results/awt-mnist.json
 
-A perceptron 64-256-128-10 (He initialisation), l_inf radius --eps, and for every row the same records, batches,
+scikit-learn's digits, or the first 6000 records of MNIST and the first 1000 for tests. A perceptron of hidden layers
+256 and 128 (He initialisation), l_inf radius --eps, and for every row the same records, batches,
 optimizer and epochs of PGD-5 adversarial training with the mask held; a row is a start at a density with a seed, and
 seeds pair the rows: first weights, order of records and attacks' draws are shared.
 
@@ -55,7 +57,11 @@ from trivet.training.folder import RunFolder
 from trivet.training.pipeline import run_stages
 from trivet.training.prune import balanced
 
-SETTINGS = ("eps", "epochs", "steps", "attacked", "seed")
+DEFAULTS = {
+    "digits": {"epochs": 30, "densities": [0.05, 0.03], "train": None, "test": None},
+    "mnist": {"epochs": 10, "densities": [0.02, 0.01], "train": 6000, "test": 1000},
+}
+SETTINGS = ("data", "eps", "epochs", "steps", "attacked", "seed")
 """What must be the same for a row to be taken from an earlier run."""
 STARTS = (
     "random",
@@ -280,15 +286,20 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("--eps", type=float, default=0.1)
-    parser.add_argument("--epochs", type=int, default=30, help="of adversarial training")
+    parser.add_argument("--data", choices=sorted(DEFAULTS), default="digits")
+    parser.add_argument("--epochs", type=int, help="of adversarial training")
     parser.add_argument("--steps", type=int, default=1500, help="of transfer")
     parser.add_argument("--attacked", type=int, default=200, help="test points for AutoAttack, the first ones")
-    parser.add_argument("--densities", type=float, nargs="*", default=[0.05, 0.03])
+    parser.add_argument("--densities", type=float, nargs="*")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--only", nargs="*", help="starts to run, by name; all of them if left out")
     options = parser.parse_args()
+    own: dict[str, Any] = DEFAULTS[options.data]
+    for setting in ("epochs", "densities"):
+        if getattr(options, setting) is None:
+            setattr(options, setting, own[setting])
     harness.prepare(options)
-    splits: Splits = build("data", "digits")
+    splits: Splits = build("data", options.data).limited(train=own["train"], test=own["test"])
     rows = harness.earlier(options, SETTINGS, "rows")
     done = {(each["rival"], each["density"], each["seed"]) for each in rows}
     for seed in options.seeds:

@@ -1,11 +1,16 @@
-"""Robust tickets for transfer: sparse bodies trained adversarially on MNIST, judged on 200 of scikit-learn's digits.
+"""Robust tickets for transfer: sparse bodies trained adversarially on one task, judged on few records of another.
 
     python bench/robust_tickets.py --threads 1 --out results/robust-tickets.json
+    python bench/robust_tickets.py --threads 1 --pair vehicles-animals --out results/robust-tickets-cifar10.json
 
-Source: the first 3000 records of MNIST at 14x14. Target: 200 of the digits, as many of each class, at 14x14 with dark
-and bright exchanged; all other digits, which no stage reads, are the test records. Network: three convolutions with
-BatchNorm (13,968 weights of convolutions; these are pruned) and a head (dense). A seed is a pair: first weights, order
-of records, target records and the first weights of the new head are shared by all rows of that seed.
+    mnist-digits      from the first 3000 records of MNIST at 14x14 to 200 of scikit-learn's digits at 14x14 with dark
+                      and bright exchanged; all other digits, which no stage reads, are the test records
+    vehicles-animals  from the first 5000 vehicles of CIFAR-10 (4 classes) to 600 of its animals (6), as many of each
+                      class; the first 2000 animals of the test part are the test records
+
+Network: three convolutions with BatchNorm (13,968 weights of convolutions on one channel; these are pruned) and a head
+(dense). A seed is a pair: first weights, order of records, target records and the first weights of the new head are
+shared by all rows of that seed.
 
     source   plain ("natural"), or PGD-AT (3 steps) within l_inf --radii ("robust"), the same epochs for each
     OMP      the smallest weights of all layers go; `random`: any weights; `filters`: in each layer those filters with
@@ -47,7 +52,13 @@ from trivet.training.pipeline import advance
 from trivet.training.prune import balanced
 from trivet.training.stage import Checkpoint, Stage
 
-SETTINGS = ("source", "labels", "epochs", "round_epochs", "mask_epochs", "target_epochs", "attack")
+DEFAULTS = {
+    "mnist-digits": {"radii": [0.02, 0.1], "source": 3000, "labels": 200, "attack": 0.05},
+    "vehicles-animals": {"radii": [2 / 255], "source": 5000, "labels": 600, "attack": 1 / 255},
+}
+VEHICLES = ["airplane", "automobile", "ship", "truck"]
+ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
+SETTINGS = ("pair", "source", "labels", "epochs", "round_epochs", "mask_epochs", "target_epochs", "attack")
 """What must be the same for a row to be taken from an earlier run."""
 DENSITIES = (1.0, 0.2, 0.1, 0.05, 0.02)
 ROUNDS = {0.2: 7, 0.1: 3, 0.05: 3, 0.02: 4}
@@ -60,21 +71,20 @@ MODES = ("linear", "finetune")
 DEVICE = torch.device("cpu")
 
 
-def network(seed: int) -> nn.Sequential:
+def network(seed: int, like: Dataset) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 2)):
+        for before, after, stride in ((like.input_shape[0], 16, 1), (16, 32, 2), (32, 32, 2)):
             convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, like.num_classes))
 
 
-def with_fresh_head(ticket: Checkpoint, seed: int) -> Checkpoint:
-    """A copy of the ticket with the first weights of the target's head, the same for all tickets of a seed."""
+def with_fresh_head(ticket: Checkpoint, target: Dataset, seed: int) -> Checkpoint:
+    """A copy of the ticket with a head for the target, of the same first weights for all tickets of a seed."""
     model = copy.deepcopy(ticket.model)
-    head = network(seed + 1_000_000).get_submodule(HEAD)
-    model.get_submodule(HEAD).load_state_dict(head.state_dict())
+    model.set_submodule(HEAD, network(seed + 1_000_000, target).get_submodule(HEAD))
     return Checkpoint(model, structure=ticket.structure)
 
 
@@ -123,10 +133,9 @@ class Tickets:
 
     def pretrained(self, eps: float) -> Checkpoint:
         if eps not in self.dense:
-            settings = fit(eps, self.options.epochs)
-            self.dense[eps] = after(
-                [stage("fit", eps, **settings)], Checkpoint(network(self.seed)), self.source, self.seed
-            )
+            training = [stage("fit", eps, **fit(eps, self.options.epochs))]
+            first = Checkpoint(network(self.seed, self.source.train))
+            self.dense[eps] = after(training, first, self.source, self.seed)
         return self.dense[eps]
 
     def imp(self, eps: float, density: float) -> Checkpoint:
@@ -146,6 +155,12 @@ class Tickets:
 
 def data(options: argparse.Namespace, seed: int) -> tuple[Splits, Splits]:
     """The source, and the target of a seed."""
+    if options.pair == "vehicles-animals":
+        vehicles: Splits = build("data", {"name": "adapted", "of": "cifar10", "classes": VEHICLES})
+        animals: Splits = build("data", {"name": "adapted", "of": "cifar10", "classes": ANIMALS})
+        labelled = balanced(animals.train, options.labels, generator(seed, "target"))
+        target = Splits(animals.train.select(labelled), animals.limited(test=2000).test)
+        return vehicles.limited(train=options.source, test=1000), target
     source: Splits = build("data", {"name": "adapted", "of": "mnist", "size": 14})
     own: Splits = build("data", {"name": "adapted", "of": "digits", "size": 14, "invert": True})
     whole = Dataset(
@@ -180,7 +195,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     method, eps, density, seed = name
     start = time.process_time()
-    ticket = with_fresh_head(tickets.of(method, eps, density), seed)
+    ticket = with_fresh_head(tickets.of(method, eps, density), target.train, seed)
     made = time.process_time() - start
     weights = {name: module.weight for name, module in ticket.model.named_modules() if isinstance(module, nn.Conv2d)}
     kept = sum(int(each.count_nonzero()) for each in weights.values()) / sum(each.numel() for each in weights.values())
@@ -268,18 +283,22 @@ def wanted(options: argparse.Namespace) -> list[Ticket]:
 
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=1)
-    parser.add_argument("--radii", type=float, nargs="+", default=[0.02, 0.1], help="of the robust sources")
-    parser.add_argument("--source", type=int, default=3000, help="records of the source")
-    parser.add_argument("--labels", type=int, default=200, help="training records of the target")
+    parser.add_argument("--pair", choices=sorted(DEFAULTS), default="mnist-digits", help="source and target")
+    parser.add_argument("--radii", type=float, nargs="+", help="of the robust sources")
+    parser.add_argument("--source", type=int, help="records of the source")
+    parser.add_argument("--labels", type=int, help="training records of the target")
     parser.add_argument("--epochs", type=int, default=6, help="on the source")
     parser.add_argument("--round-epochs", type=int, default=2, help="of one round of IMP")
     parser.add_argument("--mask-epochs", type=int, default=3, help="of LMP")
     parser.add_argument("--target-epochs", type=int, default=40)
-    parser.add_argument("--attack", type=float, default=0.05, help="radius of the attack on the target")
+    parser.add_argument("--attack", type=float, help="radius of the attack on the target")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--few", type=int, default=2, help="seeds of IMP, LMP and random masks")
     parser.add_argument("--methods", nargs="+", default=["OMP", "IMP", "LMP", "filters", "random"])
     options = parser.parse_args()
+    for setting, value in DEFAULTS[options.pair].items():
+        if getattr(options, setting) is None:
+            setattr(options, setting, value)
     harness.prepare(options)
     rows, ready = harness.earlier(options, SETTINGS, "rows"), {}
     done = {(each["method"], each["eps"], each["density"], each["seed"], each["mode"]) for each in rows}
