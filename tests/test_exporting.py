@@ -20,8 +20,8 @@ from trivet.errors import BadValue, TrivetError
 from trivet.files import load_tensors, sha256
 from trivet.models.foreign.export import is_quantized, onnx_bytes, pt2_bytes
 from trivet.models.foreign.load import load_model
-from trivet.models.foreign.onnx_quantized import Quantize
 from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
+from trivet.models.foreign.quantized import Quantize
 from trivet.models.foreign.twinned import Twinned
 from trivet.models.small_cnn import small_cnn
 from trivet.runs import Run, Target

@@ -1,60 +1,19 @@
-"""Quantised ONNX graphs as PyTorch layers: levels as the runtime takes them, gradients straight through.
-
-In such files (QDQ) every value goes through QuantizeLinear and DequantizeLinear. The rebuilt network rounds where the
-file does, so that its answers are the file's but for values on the edge of two levels, where the runtime's integer
-arithmetic may fall on the other side. Rounding has no gradient; straight-through estimation (Bengio et al., 2013) lets
-it pass where the value is within range, and stops it outside.
-"""
+"""QuantizeLinear and DequantizeLinear, which stand around every value of a quantised ONNX file (QDQ)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trivet.models.foreign.assembly import Flow, refuse_unless
 from trivet.models.foreign.onnx_graph import Operator, Step
-
-_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
-
-
-class Quantize(nn.Module):
-    """clamp(round(x / scale) + zero, low, high), ties to even; backward as if it did not round."""
-
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, scale: Tensor, zero: Tensor, low: int, high: int) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
-        self.low, self.high = low, high
-
-    def forward(self, x: Tensor) -> Tensor:
-        scaled = x / self.scale
-        level = (scaled.round() + self.zero).clamp(self.low, self.high)
-        smooth = (scaled + self.zero).clamp(self.low, self.high)
-        return level.detach() + (smooth - smooth.detach())  # exactly the level: what is added is zero
-
-
-class Dequantize(nn.Module):
-    """(level - zero) * scale."""
-
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, scale: Tensor, zero: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
-
-    def forward(self, level: Tensor) -> Tensor:
-        return (level - self.zero) * self.scale
+from trivet.models.foreign.quantized import RANGES, Dequantize, Quantize
 
 
 def _quantize(step: Step) -> Flow:
     scale, zero, kind = _levels(step, torch.uint8)
-    refuse_unless(kind in _RANGES, f"rounds to {kind}, where int8 or uint8 is supported")
-    return step.assembly.layer(Quantize(scale, zero, *_RANGES[kind]), step.flow())
+    refuse_unless(kind in RANGES, f"rounds to {kind}, where int8 or uint8 is supported")
+    return step.assembly.layer(Quantize(scale, zero, *RANGES[kind]), step.flow())
 
 
 def _dequantize(step: Step) -> Flow | Tensor:
