@@ -79,7 +79,7 @@ def test_scaled_logits_break_what_a_saturated_softmax_hides() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(BadValue, match="C&W minimises the l_2 norm; choose l2"):
+    with pytest.raises(BadValue, match="CarliniWagner minimises the l_2 norm; choose l2"):
         CarliniWagner(Linf(0.1))
     with pytest.raises(BadValue, match="kappa=-1 must not be negative"):
         CarliniWagner(L2(1.0), kappa=-1)

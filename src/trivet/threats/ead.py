@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from trivet.errors import require
 from trivet.methods import method
-from trivet.threats.attack import Attack, Target, input_gradient
-from trivet.threats.carlini_wagner import weighed
+from trivet.threats.attack import Target, input_gradient
 from trivet.threats.losses import margin
+from trivet.threats.weighed import Weighed
 
 
 @method(title="EAD", paper="Chen, Sharma, Zhang, Yi & Hsieh, AAAI 2018", year=2018, legs="robust")
 @dataclass(frozen=True)
-class EAD(Attack):
+class EAD(Weighed):
     """min over x' in [0, 1]^D of c max(z_y - max_{j != y} z_j, -kappa) + ||x' - x||_2^2 + beta ||x' - x||_1.
 
-    Solved by FISTA, `steps` times for each of `searches` values of c, which are chosen as in C&W:
+    Solved by FISTA, `steps` times for each of `searches` values of c, which are chosen as in C&W (9 in both papers):
 
         x_{k+1} = S( v_k - lr_k grad g(v_k) ),   v_{k+1} = x_{k+1} + k / (k + 3) (x_{k+1} - x_k),   k = 0, 1, …
 
@@ -32,39 +32,21 @@ class EAD(Attack):
 
     Attributes:
         steps: for each c; 1000 in the paper.
-        searches: values of c; 9 in the paper.
-        lr: the first step length; 0.01 in the paper.
         c: the first one; 0.001 in the paper.
         beta: the threshold; the paper compares 0.01 and 0.001, and Tramer & Boneh (NeurIPS 2019) take 0.01.
-        kappa: the margin by which another class must win.
-        samples: forward passes averaged per gradient, for randomised models.
     """
 
+    norm: ClassVar[str] = "L1"
+
     steps: int = 1000
-    searches: int = 9
-    lr: float = 0.01
     c: float = 0.001
     beta: float = 0.01
-    kappa: float = 0.0
-    samples: int = 1
 
     def __post_init__(self) -> None:
-        require(self.threat.norm == "L1", f"threat={self.threat.norm}: EAD minimises the l_1 norm; choose l1.")
-        for name in ("steps", "searches", "samples"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("lr", "c"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
-        for name in ("beta", "kappa"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        super().__post_init__()
+        require(self.beta >= 0, f"beta={self.beta} must not be negative.")
 
-    def search(self, model: Target, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.threat.project(self.nearest(model, x, y)[0], x)
-
-    def nearest(self, model: Target, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest adversarial points [B, ...] found, and their l_1 distance [B]; x and infinity where none was."""
-        return weighed(partial(self._descend, model, x, y), x, self.c, self.searches)
-
-    def _descend(self, model: Target, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def descend(self, model: Target, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         best, reach = x.clone(), torch.full_like(weight, torch.inf)
         point = ahead = x
 
