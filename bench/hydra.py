@@ -19,6 +19,8 @@ before training, which takes all the epochs. Every stage has the same peak rate 
 fine-tuning rate of HYDRA is ten times lower, and loses to LWM at this one. Nothing was tuned on test records but
 that rate, on HYDRA's page of pilot runs; ADMM's and HARP's settings are ours, made for three epochs.
 
+With --patterns LWM and HYDRA also keep one or two of each four weights, or whole filters (all layers but the last).
+
 `kept` is counted on the exported network. A method that leaves a layer empty has no figures, and says so. A row that
 is in --out already, from the same settings, is not made again. The summary pairs each method with LWM by seed;
 intervals are Student's, of as few runs as there are seeds.
@@ -60,6 +62,11 @@ DEFAULTS = {
 SETTINGS = ("data", "eps", "train", "epochs", "batch_size", "points", "attacked", "smoothed", "seed")
 """What must be the same for a row to be taken from an earlier run."""
 SIGMA, RADII = 0.25, (0.25, 110 / 255)
+PATTERNS: dict[str, dict[str, Any]] = {
+    "N:4": {"pattern": {"name": "n_m", "m": 4}},
+    "filters": {"pattern": {"name": "structured", "granularity": "filter"}, "exclude": ["logits"]},
+}
+PATTERN_DENSITIES = (0.5, 0.25)
 METHODS = {
     "pgd": ("LWM", "HYDRA", "HYDRA, random scores", "ADMM", "HARP", "SNIP", "GraSP", "random"),
     "ibp": ("LWM", "HYDRA"),
@@ -108,6 +115,8 @@ def plan(name: str, family: str, density: float, options: argparse.Namespace) ->
     """Whether a method starts from the trained network, and its stages from there."""
     half = options.epochs // 2
     total = 2 * options.epochs + half
+    base, _, suffix = name.partition(", ")
+    shape = PATTERNS.get(suffix, {})
     one_shot = {"SNIP": "snip", "GraSP": "grasp", "random": "random"}
     if name == "dense":
         return False, [fit(family, options, total, first=True)]
@@ -116,16 +125,17 @@ def plan(name: str, family: str, density: float, options: argparse.Namespace) ->
         if name != "random":
             spec["objective"] = objective(family, first=False)
         return False, [prune(options, spec), fit(family, options, total, first=True)]
-    if name == "LWM":
-        pruned = prune(options, {"pruner": "magnitude", "density": density})
+    if base == "LWM":
+        magnitude = {"name": "magnitude", "power": 2}  # l2 norms of filters; for single weights it is all the same
+        pruned = prune(options, {"pruner": magnitude, "density": density, **shape})
         return True, [pruned, fit(family, options, options.epochs + half, first=False)]
     sparse = {"name": "sparse", "density": density}
     compression: dict[str, Any] = {
-        "HYDRA": {"name": "hydra", "density": density},
+        "HYDRA": {"name": "hydra", "density": density, **shape},
         "HYDRA, random scores": {"name": "hydra", "density": density, "scores": "random"},
         "HARP": {"name": "harp", "density": density, "gamma": 0.1},
         "ADMM": {"name": "admm", "projection": sparse, "rho": 0.01, "growth": 4.0},
-    }[name]
+    }[base if shape else name]
     return True, [
         fit(family, options, half, first=False, compression=compression),
         fit(family, options, options.epochs, first=False),
@@ -265,12 +275,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for each in rows
             if (each["family"], each["rival"], each["density"]) == (family, rival, density) and "failed" not in each
         }
+        suffix = rival.partition(", ")[2]
+        lwm = f"LWM, {suffix}" if suffix in PATTERNS else "LWM"
         base = {
             each["seed"]: each
             for each in rows
-            if (each["family"], each["rival"], each["density"]) == (family, "LWM", density)
+            if (each["family"], each["rival"], each["density"]) == (family, lwm, density)
         }
-        ahead = [here[seed][figure] - base[seed][figure] for seed in here if seed in base and rival != "LWM"]
+        ahead = [here[seed][figure] - base[seed][figure] for seed in here if seed in base and rival != lwm]
         between = harness.interval(ahead) if len(ahead) > 1 else None
         found.append(
             {
@@ -301,6 +313,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="*", default=[0.1, 0.05, 0.01])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--family", nargs="*", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--patterns", nargs="*", choices=tuple(PATTERNS), default=[], help="LWM and HYDRA by patterns")
     parser.add_argument("--only", nargs="*", help="methods to run, by name; all of them if left out")
     options = parser.parse_args()
     for name, value in DEFAULTS[options.data].items():
@@ -316,6 +329,13 @@ def main() -> None:
         for family in options.family
         for density in options.densities
         for name in METHODS[family]
+    ]
+    wanted += [
+        (f"{method}, {pattern}", "pgd", density, seed)
+        for seed in range(options.seeds)
+        for pattern in options.patterns
+        for density in PATTERN_DENSITIES
+        for method in ("LWM", "HYDRA")
     ]
     dense = [("dense", family, 1.0, seed) for seed in range(options.seeds) for family in options.family]
     for name, family, density, seed in sorted(wanted + dense, key=lambda each: each[3]):
