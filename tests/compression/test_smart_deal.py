@@ -160,18 +160,53 @@ def test_between_decompositions_weights_train_freely_and_held_out_records_see_th
     model, method = net(), SmartDeal()
     method.attach(model)
     before = model[5].weight.clone()
-    method.after(model, Moment(0, 10, 5))
+    method.before(model, Moment(0, 10, 5))
+    method.before(model, Moment(4, 10, 5))
     assert torch.equal(model[5].weight, before)
     with method.as_shipped(model):
         shipped = model[5].weight.clone()
         assert not torch.equal(shipped, before)
     assert torch.equal(model[5].weight, before)
-    method.after(model, Moment(4, 10, 5))
+    method.before(model, Moment(5, 10, 5))
     assert torch.equal(model[5].weight, shipped)
 
 
+@pytest.mark.parametrize("basis_bits", [8, 32])
+def test_what_a_stage_ends_on_is_one_decomposition_of_what_was_trained(basis_bits: Any) -> None:
+    """Decomposing twice would find other factors: the second time, weights like these move by a tenth of their norm."""
+    model, method = net(), SmartDeal(threshold=0.5, basis_bits=basis_bits)
+    method.attach(model)
+    trained = model[5].weight.detach().clone()
+    for step in range(4):
+        method.before(model, Moment(step, 4, 4))
+        method.after(model, Moment(step, 4, 4))
+    error = method.report(model)["decomposition_error"]["5"]
+    method.end(model)
+    slicing = Slicing.of(trained.shape)
+    once = slicing.join(method.coding.of(trained, slicing).rebuilt)
+    torch.testing.assert_close(model[5].weight.detach(), once, rtol=1e-6, atol=1e-7)
+    assert error == pytest.approx(float((trained - once).norm() / trained.norm()), rel=1e-5)
+    twice = slicing.join(method.coding.of(once, slicing).rebuilt)
+    assert float((twice - once).norm() / once.norm()) > 0.05
+
+
+@pytest.mark.parametrize("name", ["smart_deal", "smart_deal_training"])
+def test_bases_of_eight_bits_stay_on_their_grid_through_later_training(name: str, tmp_path: Path) -> None:
+    """One even grid for all bases of a layer, and a quarter of their bytes but for the list of its values."""
+    folder = RunFolder.create(tmp_path / "run", "recipe")
+    compression = {"name": name, "basis_bits": 8}
+    stages = [("fit", stage()), ("fit", stage(compression, epochs=1)), ("fit", stage(epochs=1))]
+    model: Any = run_stages(stages, net(), SPLITS, folder, seed=1, device=torch.device("cpu")).model
+    for layer in (model[2], model[5]):
+        coefficients, basis = originals(layer)
+        step = basis.detach().abs().max() / 127
+        numbers = basis.detach().double() / step.double()
+        assert float((numbers - numbers.round()).abs().max()) < 1e-3
+        torch.testing.assert_close(steps_on(layer)[0].slicing.join(coefficients @ basis), layer.weight)
+
+
 def test_coefficients_that_began_at_zero_stay_there_and_others_move_by_powers() -> None:
-    model, method = net(), SmartDealTraining(threshold=0.5)
+    model, method = net(), SmartDealTraining(threshold=0.5, bar=1, dead=0.0)
     method.attach(model)
     method.begin(model)
     method.initialise(model)
@@ -190,10 +225,34 @@ def test_coefficients_that_began_at_zero_stay_there_and_others_move_by_powers() 
     assert torch.equal(magnitudes, nearest_power(magnitudes))
 
 
+def test_a_step_is_a_wish_if_it_is_large_beside_the_coefficient_and_bar_of_them_move_it() -> None:
+    """Steps of 0.03 are 12 % of 0.25, and 3 % of 1; of a zero they are beside the least power."""
+    model, method = net(), SmartDealTraining(bar=2, dead=0.1)
+    method.attach(model)
+    method.initialise(model)
+    (q, _), (switching,) = originals(model[5]), steps_on(model[5])
+    with torch.no_grad():
+        switching.top.fill_(1.0)
+        switching.support.fill_(True)
+        switching.support[0, 5, 0] = False
+        q[0, :6, 0] = torch.tensor([0.25, -0.25, 1.0, 0.0, 0.25, 0.0])
+    seen = []
+    for step in range(2):
+        method.before(model, Moment(step, 4, 4))
+        with torch.no_grad():
+            q[0, :6, 0] += torch.tensor([0.03, 0.03, 0.03, -0.03, -0.03 if step else 0.03, 0.03])
+        method.after(model, Moment(step, 4, 4))
+        seen.append(q[0, :6, 0].tolist())
+    assert seen[0] == [0.25, -0.25, 1.0, 0.0, 0.25, 0.0]
+    assert seen[1] == [0.5, -0.125, 1.0, -(2.0**-6), 0.25, 0.0]
+
+
 def test_what_would_not_fit_is_refused() -> None:
     model = net()
     Masks(include=("5",)).attach(model)
     with pytest.raises(BadValue, match="the weight of 5 is compressed already"):
         SmartDeal().attach(model)
+    with pytest.raises(BadValue, match="basis_bits=16 must be 8 or 32"):
+        SmartDeal(basis_bits=16)  # type: ignore[arg-type]
     with pytest.raises(BadValue, match="no layer has blocks of more than three rows"):
         SmartDealFactors().layers(nn.Linear(9, 2))

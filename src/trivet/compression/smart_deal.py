@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, log2
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.compression.compression import Compression, Moment, WeightMap, originals, steps_on
+from trivet.compression.m_bit import MBit
 from trivet.errors import require
 from trivet.methods import method
 from trivet.models.baking import bake
@@ -110,20 +111,40 @@ def _least_squares(q: Tensor, a: Tensor) -> Tensor:
     return torch.linalg.pinv(q) @ a
 
 
+@dataclass(frozen=True)
+class Coding:
+    """How a layer's weights are stored: the settings of a `SmartDeal`."""
+
+    threshold: float
+    bits: int
+    basis_bits: int
+
+    def rounded(self, basis: Tensor) -> Tensor:
+        """The bases [N, 3, 3] of a layer on their common grid, even and through zero."""
+        return basis if self.basis_bits == 32 else MBit(self.basis_bits, rule="author").project(basis)
+
+    def of(self, weight: Tensor, slicing: Slicing) -> Decomposition:
+        """The blocks of a weight, each with its threshold relative to the root mean square of its entries."""
+        blocks = slicing.cut(weight.detach())
+        size = blocks.double().square().mean((1, 2), keepdim=True).sqrt()
+        found = decompose(blocks, self.threshold * size, self.bits)
+        return Decomposition(found.coefficients, self.rounded(found.basis))
+
+
 class Rebuilt(WeightMap):
     """Q B, joined: what is stored are the coefficients [N, rows, 3] and the basis [N, 3, 3]."""
 
     factors = True
 
-    def __init__(self, slicing: Slicing, threshold: float, bits: int) -> None:
+    def __init__(self, slicing: Slicing, coding: Coding) -> None:
         super().__init__()
-        self.slicing, self.threshold, self.bits = slicing, threshold, bits
+        self.slicing, self.coding = slicing, coding
 
     def forward(self, coefficients: Tensor, basis: Tensor) -> Tensor:
         return self.slicing.join(coefficients @ basis)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        found = decomposed(weight, self.slicing, self.threshold, self.bits)
+        found = self.coding.of(weight, self.slicing)
         return found.coefficients, found.basis
 
 
@@ -134,19 +155,12 @@ class Trained(WeightMap):
         return weight
 
 
-def decomposed(weight: Tensor, slicing: Slicing, threshold: float, bits: int) -> Decomposition:
-    """The blocks of a weight, each with its threshold relative to the root mean square of its entries."""
-    blocks = slicing.cut(weight.detach())
-    size = blocks.double().square().mean((1, 2), keepdim=True).sqrt()
-    return decompose(blocks, threshold * size, bits)
-
-
 @method(title="SmartDeal", paper="Chen et al., 2021", year=2021, legs="small")
 @dataclass(frozen=True, kw_only=True)
 class SmartDeal(Compression):
     """Every weight matrix becomes (sparse signed powers of two) x (3 x 3 basis), by decomposing after every epoch.
 
-        train an epoch; W <- Q B, the decomposition of W; … ; at the end Q and B are what is stored
+        train an epoch; W <- Q B, the decomposition of W; … ; train an epoch; Q and B of W are what is stored
 
     Multiplying by powers of two is shifting, so that weights can be rebuilt beside the arithmetic unit from few bits;
     on this machine that saves bytes, not time. Layers whose rows are shorter than three columns are left alone, as are
@@ -159,14 +173,22 @@ class SmartDeal(Compression):
         threshold: coefficients below this share of their block's root mean square are zero. The authors' threshold is
             absolute (1e-3 and 4e-3), which is another one in every layer.
         bits: of a coefficient: its sign, and one of 2^(bits - 1) - 1 powers of two, or zero.
+        basis_bits: of an entry of a basis: 8, as the authors' hardware has it, or 32, as their code does. With blocks
+            of few rows the bases are a large part of what is stored.
     """
 
     threshold: float = 0.05
     bits: int = 4
+    basis_bits: Literal[8, 32] = 8
 
     def __post_init__(self) -> None:
         require(self.threshold >= 0, f"threshold={self.threshold} must not be negative.")
         require(2 <= self.bits <= 8, f"bits={self.bits} must lie between 2 and 8.")
+        require(self.basis_bits in (8, 32), f"basis_bits={self.basis_bits} must be 8 or 32.")
+
+    @property
+    def coding(self) -> Coding:
+        return Coding(self.threshold, self.bits, self.basis_bits)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         chosen = {name: layer for name, layer in super().layers(model).items() if _worth(layer)}
@@ -185,14 +207,19 @@ class SmartDeal(Compression):
         super().attach(model)
 
     @torch.no_grad()
-    def after(self, model: nn.Module, moment: Moment) -> None:
-        if (moment.step + 1) % moment.per_epoch == 0:
+    def before(self, model: nn.Module, moment: Moment) -> None:
+        # As an epoch begins, not as one ends: the last weights are decomposed by `end`, and what is made of factors
+        # already must not be decomposed again, for the alternation would find other factors, and other weights.
+        if moment.starts_epoch and moment.epoch > 0:
             self._decompose(model)
 
     def _decompose(self, model: nn.Module) -> None:
         for weight in self._weights(model):
-            slicing = Slicing.of(weight.shape)
-            weight.copy_(slicing.join(decomposed(weight, slicing, self.threshold, self.bits).rebuilt))
+            weight.copy_(self._rebuilt(weight))
+
+    def _rebuilt(self, weight: Tensor) -> Tensor:
+        slicing = Slicing.of(weight.shape)
+        return slicing.join(self.coding.of(weight, slicing).rebuilt)
 
     def _weights(self, model: nn.Module) -> list[Tensor]:
         return [originals(layer)[0] for layer in self.layers(model).values()]
@@ -210,32 +237,45 @@ class SmartDeal(Compression):
                 for weight, before in zip(weights, kept, strict=True):
                     weight.copy_(before)
 
+    @torch.no_grad()
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        """|| W - Q B || / || W || of each layer, by the decomposition that ends the stage."""
+        weights = zip(self.layers(model), self._weights(model), strict=True)
+        return {"decomposition_error": {n: float((w - self._rebuilt(w)).norm() / w.norm()) for n, w in weights}}
+
     def end(self, model: nn.Module) -> Compression:
         layers = self.layers(model)
         for layer in layers.values():
             bake(layer)
-        stored = SmartDealFactors(threshold=self.threshold, bits=self.bits, include=tuple(layers))
+        stored = self._stored(layers)
         stored.attach(model)
         return stored
+
+    def _stored(self, layers: Iterable[str]) -> SmartDealFactors:
+        return SmartDealFactors(
+            threshold=self.threshold, bits=self.bits, basis_bits=self.basis_bits, include=tuple(layers)
+        )
 
 
 @method(title="SmartDeal's factors", paper="Chen et al., 2021", year=2021, legs="small")
 @dataclass(frozen=True, kw_only=True)
 class SmartDealFactors(SmartDeal):
-    """A network stored as SmartDeal's coefficients and bases. Where it is trained on, only the bases learn."""
+    """A network stored as SmartDeal's coefficients and bases. Where it is trained on, bases of 32 bits learn."""
 
     def map_for(self, name: str, layer: nn.Module) -> WeightMap:
         weight: Any = layer.weight
-        return Rebuilt(Slicing.of(weight.shape), self.threshold, self.bits)
+        return Rebuilt(Slicing.of(weight.shape), self.coding)
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
         for layer in self.layers(model).values():
-            coefficients, _ = originals(layer)
-            coefficients.requires_grad_(False)
+            freeze(layer, self.coding)
 
-    def after(self, model: nn.Module, moment: Moment) -> None:
-        """Nothing: the bases learn, and the coefficients are what they are."""
+    def before(self, model: nn.Module, moment: Moment) -> None:
+        """Nothing: the coefficients are what they are."""
+
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        return {}
 
     @contextmanager
     def as_shipped(self, model: nn.Module) -> Iterator[None]:
@@ -243,6 +283,13 @@ class SmartDealFactors(SmartDeal):
 
     def end(self, model: nn.Module) -> Compression:
         return self
+
+
+def freeze(layer: nn.Module, coding: Coding) -> None:
+    """Of a layer's factors, let only bases learn that are on no grid."""
+    coefficients, basis = originals(layer)
+    coefficients.requires_grad_(False)
+    basis.requires_grad_(coding.basis_bits == 32)
 
 
 def _worth(layer: nn.Module) -> bool:
