@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from trivet.compression.binary import Binary
 from trivet.compression.cost import cost_of, measure_latency, safetensors_bytes
 from trivet.compression.packing import save_packed
+from trivet.compression.smart_deal import SmartDeal
 from trivet.compression.tensorization import Tensorization
 from trivet.errors import BadValue
 from trivet.files import load_tensors, save_tensors
@@ -196,6 +197,16 @@ def test_idle_channels_and_moved_numbers_by_hand() -> None:
     assert (cost.input_channels, cost.idle_channels, cost.channel_sparsity) == (10, 4, 0.4)
     assert cost.activations == (4 * 16 + 6 * 4) + (6 * 4 + 2 * 4) + (8 + 3)
     assert cost_of(nn.Linear(4, 3), (4,)).bits_per_weight == 32.0
+
+
+def test_rebuilding_a_kernel_from_factors_is_counted_once() -> None:
+    """8 blocks of 16 x 3 coefficients times 3 x 3: looking at the weight for its zeros must not count again."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
+    method = SmartDeal(threshold=0.5)
+    plain = cost_of(model, (1, 4, 12))
+    method.attach(model)
+    method.end(model)
+    assert cost_of(model, (1, 4, 12)).flops == plain.flops + 2 * 8 * 16 * 3 * 3
 
 
 def test_factors_are_counted_as_they_are_stored() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from math import ceil
 from typing import Any
@@ -150,6 +151,18 @@ def test_the_cost_counts_pairs_and_slices_and_halves_with_the_bits() -> None:
     powered = crossbar_cost(model, Levels(5), Device(8, 4), made_up)
     assert powered.power_ratio is not None
     assert 0.4 < powered.power_ratio < 0.6  # converters dominate, and they are per crossbar
+    pruned = copy.deepcopy(model)
+    with torch.no_grad():
+        pruned[0].weight[:, :6] = 0.0
+    devices = Constants("made up for this test", 1.0, 0.0, 0.0)  # nothing but devices draws power
+    both = [crossbar_cost(pruned, Levels(5), Device(8, 4), devices, unpruned=first) for first in (None, model)]
+    assert both[0].power_ratio is not None
+    assert both[1].power_ratio is not None
+    on = [conductances(Levels(9).project(layer.weight.double()), Levels(9), Device()) for layer in model[::2]]
+    left = [conductances(layer.weight.double(), Levels(5), Device()) for layer in pruned[::2]]
+    drawn = [sum(float((each.plus + each.minus).sum()) for each in layers) for layers in (left, on)]
+    assert both[1].power_ratio == pytest.approx(drawn[0] / drawn[1])
+    assert both[1].power_ratio < both[0].power_ratio
     with pytest.raises(BadValue, match="cell_bits=4 must divide the 5 bits"):
         crossbar_cost(model, Levels(6), Device())
 

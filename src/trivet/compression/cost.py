@@ -146,16 +146,18 @@ def _nonzero(tensors: list[Any]) -> int:
 def _work(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
     """FLOPs of one forward pass of one input, how many of them multiply by a zero weight, and the numbers moved."""
     skipped = moved = 0
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, WEIGHTED)]
+    # Before the counter runs: to look at a factored weight is to rebuild it.
+    zeros = {id(layer): layer.weight.numel() - _nonzero([layer.weight]) for layer in layers}
 
     def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal skipped, moved
         moved += inputs[0][0].numel() + output[0].numel()
-        zeros = module.weight.numel() - _nonzero([module.weight])
         # Every weight of a kernel is used once at each position of the output.
         positions = output[0, 0].numel() if not isinstance(module, nn.Linear) else output[..., 0].numel()
-        skipped += 2 * zeros * positions
+        skipped += 2 * zeros[id(module)] * positions
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, WEIGHTED)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     counter = FlopCounterMode(display=False)
     try:
         with evaluating(model), counter:

@@ -116,25 +116,33 @@ class CrossbarCost:
 
 
 def crossbar_cost(
-    model: nn.Module, levels: Levels, device: Device, constants: Constants | None = None, dense_bits: int = 9
+    model: nn.Module,
+    levels: Levels,
+    device: Device,
+    constants: Constants | None = None,
+    dense_bits: int = 9,
+    unpruned: nn.Module | None = None,
 ) -> CrossbarCost:
     """Crossbars of all convolutions and linear layers of `model`, whose weights must lie on the levels.
 
     Counts are exact; power and area are ratios to the dense mapping at `dense_bits`, under the `constants` given. The
     published savings have that same base, of four crossbars a tile at 9 bits: 5 bits alone halve it. IR drop and
-    read noise are in no figure.
+    read noise are in no figure. The power of the dense mapping's devices is that of the weights of `unpruned`, the
+    network before pruning; without it, weights that were pruned draw none there either, and the saving is understated.
     """
     before, after = Levels(dense_bits, levels.ratio), levels
     dense = left = 0
     power = [0.0, 0.0]
-    for layer in Masks().layers(model).values():
+    first = Masks().layers(model if unpruned is None else unpruned)
+    for name, layer in Masks().layers(model).items():
         weight: Any = layer.weight
+        original: Any = first[name].weight
         tiles = tiles_of(weight, device.rows, device.columns)
         dense += 2 * device.slices(before) * tiles.dense
         left += 2 * device.slices(after) * tiles.left
         if constants is not None:
-            for place, grid in enumerate((before, after)):
-                on = conductances(grid.project(weight.detach().double()), grid, device)
+            for place, (grid, held) in enumerate(((before, original), (after, weight))):
+                on = conductances(grid.project(held.detach().double()), grid, device)
                 power[place] += constants.volts**2 * float((on.plus + on.minus).sum())
     if constants is None:
         return CrossbarCost(dense, left)
