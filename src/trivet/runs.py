@@ -22,8 +22,8 @@ from trivet.data.dataset import Dataset
 from trivet.errors import TrivetError
 from trivet.files import load_tensors
 from trivet.models.foreign.load import load_model
-from trivet.models.foreign.onnx_quantized import Quantize
 from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
+from trivet.models.foreign.quantized import Quantize
 from trivet.models.foreign.twinned import Twinned
 from trivet.recipes.plan import Plan, plan
 from trivet.recipes.recipe import Source, load, shipped
@@ -209,7 +209,10 @@ def _read(path: Path, settings: Plan, test: Dataset) -> nn.Module:
     if path.suffix != ".safetensors":
         model = load_model(path)
         quantized = any(isinstance(each, Quantize) for each in model.modules())
-        return Twinned(model, OnnxRuntimeModel(path)).eval() if quantized else model
+        if not quantized or path.suffix == ".pt2":
+            return model
+        runtime = OnnxRuntimeModel(path)
+        return Twinned(model, runtime, runtime.conditions).eval()
     model = settings.model(test)
     load_into(model, path)
     return model.eval()

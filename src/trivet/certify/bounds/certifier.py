@@ -17,6 +17,7 @@ from trivet.certify.certifier import ABSTAIN, Certificates, Certifier
 from trivet.certify.smoothing import positions
 from trivet.display import Advance
 from trivet.errors import TrivetError, require
+from trivet.models.foreign.twinned import Twinned
 from trivet.models.modes import evaluating
 
 
@@ -67,7 +68,8 @@ class BoundCertifier(Certifier):
     radius is the largest proved, and without any it abstains. A bound that is no finite number proves nothing.
 
     Everything is computed in float64 with error terms. About the model with the weights it has: eval mode, dropout
-    off, BatchNorm by running statistics.
+    off, BatchNorm by running statistics. Of a file that a runtime answers for, the answers are the runtime's, and the
+    bounds those of its rebuilt graph, which hold for the runtime under the conditions that it states.
 
     Attributes:
         eps: the radius to prove, in units of the inputs, or several.
@@ -107,9 +109,10 @@ class BoundCertifier(Certifier):
         At the smallest radius where nothing is proved. Without randomness: `seed` is ignored.
 
         Raises:
-            BadValue: inputs outside [0, 1], or a model without bounds.
+            TrivetError: inputs outside [0, 1], or a model without bounds.
         """
         index = positions(x, index)
+        conditions = self._conditions(model)
         labels = torch.full((len(x),), ABSTAIN)
         radii, margins = (torch.zeros(len(x), dtype=torch.float64) for _ in range(2))
         network = Network.of(model, x.shape[1:])
@@ -123,7 +126,7 @@ class BoundCertifier(Certifier):
                 labels[rows] = answers.cpu().where(found.cpu() > 0, ABSTAIN)
                 if advance:
                     advance(len(rows))
-        return Certificates(index, labels, radii, self.norm, 0.0, self._conditions(), {"margin": margins})
+        return Certificates(index, labels, radii, self.norm, 0.0, conditions, {"margin": margins})
 
     def follows(self, certificates: Certificates) -> bool:
         margin = certificates.evidence.get("margin")
@@ -169,15 +172,19 @@ class BoundCertifier(Certifier):
                 query.domain, query.labels, query.known = shrunk.domain, shrunk.labels, shrunk.known
         return best.amin(1)
 
-    def _conditions(self) -> tuple[str, ...]:
+    def _conditions(self, model: nn.Module) -> tuple[str, ...]:
+        radii = ", ".join(f"{eps:g}" for eps in sorted(self.radii))
+        about = f"on inputs in [0, 1] at distance {self.norm} up to the radius, tried at {radii}"
+        if isinstance(model, Twinned):
+            require(self.arithmetic == "float32", "arithmetic='real' must be 'float32' for a file that a runtime runs.")
+            return (f"about the file's own answers {about}", *model.conditions())
         what = {
             "float32": "of every float32 evaluation of the model, layer by layer, with sums in any order: not in "
             "bfloat16 or TF32, with folded or quantised weights, or by transforms (Winograd, FFT)",
             "real": "of the model as a function of real numbers: rounding of its evaluation is not covered",
         }[self.arithmetic]
-        radii = ", ".join(f"{eps:g}" for eps in sorted(self.radii))
         return (
-            f"about the model itself on inputs in [0, 1] at distance {self.norm} up to the radius, tried at {radii}",
+            f"about the model itself {about}",
             what,
             "with these weights, in eval mode: BatchNorm by running statistics, no dropout",
         )

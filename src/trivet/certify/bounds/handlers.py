@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from trivet.certify.bounds import functions, modules
 from trivet.certify.bounds.curves import celu, elu, gelu, silu, softplus
 from trivet.certify.bounds.functions import per_axis
-from trivet.certify.bounds.moving import Scale
+from trivet.certify.bounds.moving import Moving, Padding, Scale
 from trivet.certify.bounds.pooling import MaxPool
 from trivet.certify.bounds.softmax import Softmax
-from trivet.certify.bounds.staircase import Staircase
+from trivet.certify.bounds.staircase import Dequantised, Levels, Staircase
 from trivet.certify.bounds.standardise import Standardise
 from trivet.certify.bounds.steps import Builder, Flow, Reader, refuse_unless
 from trivet.certify.bounds.transposed import TransposedConvolution
+from trivet.models.foreign.quantized import Dequantize, Quantize
 
 
 def _gelu(build: Builder, x: Flow, approximate: str = "none") -> Flow:
@@ -202,6 +203,42 @@ def _on_grid(build: Builder, x: Flow, scale: Any, zero: Any, least: int, most: i
     return build.keeping_shape(make, x)
 
 
+def _to_levels(build: Builder, module: Quantize, x: Flow) -> Flow:
+    off = 0.0 if _on_grid_of(build, module, x.node) else 0.5
+
+    def make(read: Reader) -> Levels:
+        step, zero = (build.beside(x, read, each) for each in (module.scale, module.zero))
+        return Levels(torch.round, off, off, step, module.low - zero, module.high - zero, zero)
+
+    return build.keeping_shape(make, x)
+
+
+def _on_grid_of(build: Builder, module: Quantize, node: int) -> bool:
+    """Whether values were on this very grid before they were only moved or compared, so that rounding keeps them."""
+    while node:
+        step = build.steps[node - 1]
+        layer, node = step.make(Reader()), step.inputs[0]
+        if isinstance(layer, Dequantised):
+            before = build.steps[node - 1].make(Reader()) if node else None
+            if not isinstance(before, Levels) or before.step is None or before.first is None or before.last is None:
+                return False
+            ends = torch.stack((before.first + before.zero, before.last + before.zero)).flatten()
+            scales = {float(each) for each in (module.scale, layer.factor, before.step) if each.numel() == 1}
+            zeros = {float(each) for each in (module.zero, layer.zero, before.zero) if each.numel() == 1}
+            same = ends.tolist() == [module.low, module.high] and len(scales) == len(zeros) == 1
+            return same and module.scale.numel() == layer.factor.numel() == before.step.numel() == 1
+        if not isinstance(layer, (Moving, MaxPool)) or isinstance(layer, Padding):
+            return False
+    return False
+
+
+def _from_levels(build: Builder, module: Dequantize, x: Flow) -> Flow:
+    def make(read: Reader) -> Dequantised:
+        return Dequantised.of(*(build.beside(x, read, each) for each in (module.scale, module.zero)))
+
+    return build.keeping_shape(make, x)
+
+
 FUNCTIONS: Mapping[Any, Callable[..., Any]] = functions.FUNCTIONS | {
     F.gelu: _gelu,
     F.silu: _silu,
@@ -269,4 +306,6 @@ MODULES: Mapping[type[nn.Module], Callable[..., Flow]] = {
     nn.ConvTranspose3d: _transposed_layer,
     nn.MaxPool1d: _pool_layer,
     nn.MaxPool3d: _pool_layer,
+    Quantize: _to_levels,
+    Dequantize: _from_levels,
 }

@@ -140,6 +140,8 @@ class Network:
                 rows = self._rows(specification, use)
             known = self._given(use, method, slope, intervals, signs)
             last = len(self.steps)
+            if use.rounded_outputs:  # whose lines are those of each record
+                rows = rows.expand(len(domain), -1, -1)
             if method != "crown-ibp":
                 interval_bound = use.least(*use.pull(rows, last, known, slope, affine_only=True), known)
                 if shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from trivet.certify.bounds.interval import Domain, Interval
 from trivet.certify.bounds.layer import Affine, Layer
 from trivet.certify.bounds.moving import Sum
 from trivet.certify.bounds.rounding import Rounding
+from trivet.certify.bounds.staircase import Staircase
 
 Lines = tuple[dict[int, Tensor], Tensor]
 """A linear function: rows of nodes, [B, S, ...] each, and constants [B, S]."""
@@ -70,7 +72,8 @@ class Propagation:
     ) -> Lines:
         """A lower bound of <rows, node>, linear in earlier nodes, [B, S, ...] each, and its constant [B, S].
 
-        That is in node 0, the input, or with `affine_only` in the nodes where the last affine layers begin.
+        That is in node 0, the input, or with `affine_only` in the nodes where the last affine layers begin. Rounding of
+        the outputs themselves to a grid does not end them: it costs a step, and without it rows would not be merged.
 
         Args:
             multipliers: of nodes n, [B, S or 1, ...]: <multiplier, n> >= 0 is known to hold, and is taken off.
@@ -84,7 +87,7 @@ class Propagation:
             if multipliers and at in multipliers:
                 here = here - multipliers[at]
             layer, before = self.layers[at - 1], self.inputs[at - 1]
-            if affine_only and not isinstance(layer, Affine):
+            if affine_only and not isinstance(layer, Affine) and at != self.rounded_outputs:
                 held[at] = here
                 continue
             slope = slopes if isinstance(slopes, str) else slopes.get(at, "adaptive")
@@ -102,6 +105,12 @@ class Propagation:
         for node, rows in lines.items():
             total = total + (intervals[node] if node else self.domain).least(rows, self.rounding)
         return total if self.rounding is None else total.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+
+    @cached_property
+    def rounded_outputs(self) -> int | None:
+        """The node where outputs are rounded to a grid, if nothing but affine layers is behind it."""
+        last = max((at for at, layer in enumerate(self.layers, 1) if not isinstance(layer, Affine)), default=0)
+        return last if last and isinstance(self.layers[last - 1], Staircase) else None
 
     def behind(self, node: int) -> set[int]:
         """The nodes on which `node` depends, and itself."""

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from trivet.certify.bounds.handlers import FUNCTIONS, METHODS, MODULES
 from trivet.certify.bounds.steps import PROBES, Builder, Constant, Flow, Reader, Step, Unbounded, refuse_unless
 from trivet.errors import BadValue
+from trivet.models.foreign.twinned import Twinned
 from trivet.models.modes import device_of, evaluating
 from trivet.randomness import generator
 
@@ -20,9 +21,12 @@ from trivet.randomness import generator
 def traced(model: nn.Module, shape: Sequence[int]) -> tuple[tuple[Step, ...], list[torch.Size], torch.dtype]:
     """The steps of `model` in eval mode for inputs [B, *shape], the shape of one record at every node, and its type.
 
+    Of a file that a runtime answers for they are those of its twin.
+
     Raises:
         BadValue: a step without bounds, or a model that computes something else than its graph says.
     """
+    model = model.twin if isinstance(model, Twinned) else model
     probes = _probes(model, shape)
     with evaluating(model), torch.no_grad():
         try:

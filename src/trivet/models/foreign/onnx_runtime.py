@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from trivet.errors import TrivetError, require
 from trivet.files import read_packed
+from trivet.models.foreign.onnx_kernels import conditions_of
 
 MAX_BYTES = 2 << 30
 
@@ -48,6 +49,10 @@ class OnnxRuntimeModel(nn.Module):
         declared = self.session.get_inputs()[0]
         self.input_name, first = declared.name, declared.shape[0]
         self.batch: int | None = first if isinstance(first, int) and len(declared.shape) > 1 else None
+
+    def conditions(self) -> tuple[str, ...]:
+        """Under which bounds of the rebuilt graph of an eight-bit file are bounds of its answers here."""
+        return conditions_of(self.content)
 
     def forward(self, x: Tensor) -> Tensor:
         require(
