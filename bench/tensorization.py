@@ -5,7 +5,8 @@
 
 Three 3x3 convolutions of 16, 32 and 32 channels with BatchNorm and a linear layer. For each seed and each of natural
 and PGD-7 training a dense network is trained; every row goes on from it for the same epochs, on the same batches: as it
-is, or with the kernels of all three convolutions factorised. `keep` is theta. A batch shares its draw in training, as
+is, or with the kernels of all three convolutions factorised, or with Dropout of channels that stays on. `keep` is
+theta. A batch shares its draw in training, as
 in the paper, but for the row named so.
 
 All shares are over `points` test records and the last 20 of 40 draws, each record with a kernel of its own. Columns, in
@@ -60,8 +61,10 @@ DEFAULTS = {
     "mnist": {"train": 6000, "epochs": 3, "more": 2, "eps": 0.2, "points": 200, "strides": (2, 2, 1)},
 }
 KERNELS = ("conv*",)
+DROPOUT = "dense, channels dropped, 0.05"
 ROWS: dict[str, Tensorization | None] = {
     "dense": None,
+    DROPOUT: None,
     "Tucker, keep 1": Tensorization(keep=1.0, include=KERNELS),
     "Tucker, keep 0.95": Tensorization(keep=0.95, include=KERNELS),
     "Tucker, keep 0.9": Tensorization(keep=0.9, include=KERNELS),
@@ -73,6 +76,15 @@ TWIN = "Tucker, keep 1"
 TRAININGS = ("natural", "PGD-7")
 SETTINGS = ("data", "train", "epochs", "more", "eps", "points", "draws", "strides")
 SHARES = ("clean", "one_sample", "eot", "own_mean", "keep_one")
+
+
+class Dropout(nn.Module):
+    """Whole channels dropped for each record, at test time too: what randomness does without factors."""
+
+    randomised = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout2d(x, 0.05, training=True) if self.randomised else x
 
 
 def network(splits: Splits, strides: Sequence[int], seed: int) -> nn.Sequential:
@@ -118,6 +130,9 @@ def drawing(model: nn.Module, form: Tensorization | None, per_record: bool, plai
 def silent(model: nn.Module) -> nn.Module:
     quiet = copy.deepcopy(model)
     silence(quiet)
+    for module in quiet.modules():
+        if isinstance(module, Dropout):
+            module.randomised = False
     return quiet
 
 
@@ -144,14 +159,14 @@ def judged(shared: nn.Module, own: nn.Module, twin: nn.Module, batch: Batch, opt
     torch.manual_seed(derive_seed(options.now, "defender"))
     rows = torch.arange(len(y))
     first = {name: votes(own, x, draws) for name, x in made.items()}
-    last = {name: votes(own, x, draws)[rows, y] / draws for name, x in made.items()}
+    last = {name: votes(own, x, draws)[rows, y].double() / draws for name, x in made.items()}
     chosen = torch.stack([first[name][rows, y] for name in SHARES]).argmin(0)
     held = {name: first[name].argmax(1) == y for name in SHARES}
     on_mean = {name: votes(mean, made[name], 1)[rows, y].double() for name in ("clean", "own_mean")}
     together = [float(votes(shared, batch.inputs, 1)[rows, y].double().mean()) for _ in range(draws)]
     found = {
         "clean_mean_net": on_mean["clean"],
-        **{name: last[name] for name in ("clean",)},
+        "clean": last["clean"],
         "vote": held["clean"],
         "pgd_mean_net": on_mean["own_mean"],
         **{name: last[name] for name in SHARES if name != "clean"},
@@ -168,8 +183,8 @@ def again_normalised(own: nn.Module, batch: Batch, splits: Splits, options: Any)
     for name, model in (("clean_precise", copy.deepcopy(own)), ("mean_net_precise", silent(own))):
         torch.manual_seed(derive_seed(options.now, name))
         estimate(model, splits.train, 256, 2, options.now)
-        share = votes(model, batch.inputs, options.draws)[torch.arange(len(batch)), batch.labels] / options.draws
-        found[name] = 100 * float(share.mean())
+        right = votes(model, batch.inputs, options.draws)[torch.arange(len(batch)), batch.labels]
+        found[name] = 100 * float(right.double().mean()) / options.draws
     return found
 
 
@@ -190,7 +205,11 @@ def measured(options: Any, splits: Splits) -> dict[str, Any]:
                 if row in known and row != TWIN:
                     continue
                 start, form = time.process_time(), ROWS[row]
-                model = trained(copy.deepcopy(plain), form, training, options.more, 1e-3, options, splits)
+                begun = copy.deepcopy(plain)
+                if row == DROPOUT:
+                    for number in (1, 2, 3):
+                        begun.set_submodule(f"relu{number}", nn.Sequential(nn.ReLU(), Dropout()))
+                model = trained(begun, form, training, options.more, 1e-3, options, splits)
                 made[row], spent = model, time.process_time() - start
                 if row in known:
                     continue
@@ -206,7 +225,7 @@ def measured(options: Any, splits: Splits) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; and differences of pairs, with Student's interval: what averaging takes, what the draws give."""
+    """Means over seeds; and differences of pairs with Student's interval: what averaging takes, what draws give."""
     table, gaps = [], []
     for training in TRAININGS:
         by_row = {row: {r["seed"]: r for r in runs if (r["row"], r["training"]) == (row, training)} for row in ROWS}
@@ -216,8 +235,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             numbers = [name for name in next(iter(own.values())) if name not in ("row", "training", "seed")]
             means = {name: statistics.fmean(run[name] for run in own.values()) for name in numbers}
             table.append({"row": row, "training": training, "seeds": len(own), **means})
-            form, twin = ROWS[row], by_row[TWIN]
-            if form is None or form.keep == 1:
+            twin = by_row[TWIN]
+            if row in ("dense", TWIN):
                 continue
             paired = {
                 "one sample over EOT": [run["one_sample"] - run["eot"] for run in own.values()],
@@ -254,9 +273,8 @@ def main() -> None:
     for training in TRAININGS:
         rows = [row for row in results["table"] if row["training"] == training]
         harness.show(f"{options.data}, {training}, l_inf {options.eps:.3g}: per cent", rows)
-    harness.show(
-        "Differences of pairs, points", [{k: v for k, v in g.items() if k != "interval"} for g in results["gaps"]]
-    )
+    shown = [{key: value for key, value in gap.items() if key != "interval"} for gap in results["gaps"]]
+    harness.show("Differences of pairs, points", shown)
     harness.save(options, results)
 
 
