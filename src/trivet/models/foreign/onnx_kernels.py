@@ -5,7 +5,7 @@ that adds products of integers exactly, in 32 bits, and multiplies the sum by on
 rounding is in the bounds (`trivet.certify.bounds.staircase`), if
 
 - the rewritten graph holds no kernel but those whose arithmetic was read in the runtime's sources (1.31 and before);
-- it rounds to the grids of the file and no others (the runtime may merge two of them that follow each other);
+- it rounds to the grids of the file and no others, and the file not to two in turn (of which the runtime makes one);
 - its integers are those of the file (the runtime may round a bias itself), and a bias is in steps of the input's times
   the weights', which is what kernels take it for;
 - no sum can leave 32 bits.
@@ -43,6 +43,10 @@ _PLAIN = {
     *("NhwcMaxPool", "Pad", "ReduceMean", "Relu", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
 }
 """Kernels that move or compare numbers, or compute in float32 as bounds allow for."""
+_MOVES = {
+    *("Clip", "Flatten", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
+}
+"""What the runtime may drop, or pass on its way to one rounding instead of two."""
 _WEIGHTS: Mapping[str, tuple[int, int, int | None]] = {
     "QLinearConv": (3, 5, 8),
     "QGemm": (3, 5, 6),
@@ -72,6 +76,7 @@ def conditions_of(content: bytes) -> tuple[str, ...]:
         what = " and ".join((node.op_type, *fused))
         _require(known, f"it computes {what}, whose arithmetic bounds here do not cover")
     _require(_grids(made, tensors) <= _grids(file, _tensors(file)), "it rounds to other grids than the file says")
+    _check_turns(file, _tensors(file))
     _check_biases(file, _tensors(file))
     stored = {_sorted(numpy_helper.to_array(each)) for each in file.initializer}
     saturating = False
@@ -134,17 +139,36 @@ def _optional(node: Any, place: int, tensors: Mapping[str, Any]) -> Any:
     return _array(node.input[place], tensors) if present else None
 
 
-def _grids(graph: Any, tensors: Mapping[str, Any]) -> set[tuple[bytes, bytes]]:
-    """Scales and zeros of a graph."""
-    found = set()
+Grid = tuple[bytes, bytes]
+"""Scale and zero; equal if and only if the numbers are."""
+
+
+def _grid(node: Any, scale: int, zero: int, tensors: Mapping[str, Any]) -> Grid:
+    steps, zeros = _array(node.input[scale], tensors), _optional(node, zero, tensors)
+    levels = np.zeros(steps.size, np.int64) if zeros is None else zeros.astype(np.int64).reshape(-1)
+    return steps.astype(np.float64).tobytes(), levels.tobytes()
+
+
+def _grids(graph: Any, tensors: Mapping[str, Any]) -> set[Grid]:
+    return {
+        _grid(node, *places, tensors)
+        for node in graph.node
+        for places in _GRIDS.get(node.op_type, ())
+        if places[0] < len(node.input) and node.input[places[0]]
+    }
+
+
+def _check_turns(graph: Any, tensors: Mapping[str, Any]) -> None:
+    """No value may be rounded to one grid and then, without arithmetic between, to another."""
+    makers = {node.output[0]: node for node in graph.node}
     for node in graph.node:
-        for scale, zero in _GRIDS.get(node.op_type, ()):
-            steps = _optional(node, scale, tensors)
-            zeros = _optional(node, zero, tensors)
-            if steps is not None:
-                levels = np.zeros(steps.size, np.int64) if zeros is None else zeros.astype(np.int64).reshape(-1)
-                found.add((steps.astype(np.float64).tobytes(), levels.tobytes()))
-    return found
+        if node.op_type == "QuantizeLinear":
+            before = makers.get(node.input[0])
+            while before is not None and before.op_type in _MOVES:
+                before = makers.get(before.input[0])
+            if before is not None and before.op_type == "DequantizeLinear":
+                same = _grid(before, 1, 2, tensors) == _grid(node, 1, 2, tensors)
+                _require(same, f"the file rounds to two grids in turn, up to {node.name!r}, and the runtime to one")
 
 
 def _check_biases(graph: Any, tensors: Mapping[str, Any]) -> None:
