@@ -32,10 +32,10 @@ from trivet.training.pipeline import advance
 from trivet.training.stage import Checkpoint, Stage
 
 DEFAULTS = {
-    "digits": {"train": 1442, "epochs": 25, "more": 10, "points": 355},
-    "mnist": {"train": 6000, "epochs": 6, "more": 3, "points": 1000},
+    "digits": {"train": 1442, "epochs": 25, "more": 10, "points": 355, "attacked": 355},
+    "mnist": {"train": 6000, "epochs": 6, "more": 2, "points": 2000, "attacked": 200},
 }
-SETTINGS = ("data", "train", "epochs", "more", "points", "eps", "lr")
+SETTINGS = ("data", "train", "epochs", "more", "points", "attacked", "eps", "lr")
 TRAININGS = ("natural", "PGD-7")
 REFERENCE = "float, trained on"
 Named = tuple[str, Stage]
@@ -44,7 +44,7 @@ Named = tuple[str, Stage]
 def options_of(description: str) -> argparse.Namespace:
     parser = harness.arguments(description, rounds=1)
     parser.add_argument("--data", choices=sorted(DEFAULTS), default="digits")
-    for name in ("train", "epochs", "more", "points"):
+    for name in ("train", "epochs", "more", "points", "attacked"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -104,18 +104,21 @@ def percent(hits: Tensor) -> float:
 
 
 class Judge:
-    """Per cent of the first test records: right; left by PGD-20, 2 restarts; by it and PGD-20 on scaled logits."""
+    """Per cent of the first test records: right; left by PGD-20, 2 restarts; by it and PGD-20 on scaled logits.
+
+    What is left is of the first `attacked` of them.
+    """
 
     def __init__(self, splits: Splits, options: Any, training: str, seed: int) -> None:
         self.batch, self.threat = splits.test.batch(torch.arange(options.points)), Linf(options.eps)
-        self.attacked, self.seed = training != "natural", seed
+        self.attacked, self.seed = options.attacked if training != "natural" else 0, seed
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         found = {"clean": self.right(model)}
         if self.attacked:
-            left = self._left(model, PGD(self.threat, 20, restarts=2))
-            scaled = self._left(model, LogitScaledPGD(self.threat, 20, temperatures=(0.1, 1.0, 10.0)))
-            found |= {"pgd": percent(left), "worst": percent(left & scaled)}
+            left = self._left(model, PGD(self.threat, 20, restarts=2), self.attacked)
+            scaled = LogitScaledPGD(self.threat, 20, temperatures=(0.1, 1.0, 10.0))
+            found |= {"pgd": percent(left), "worst": percent(left & self._left(model, scaled, self.attacked))}
         return found
 
     @torch.no_grad()
@@ -126,7 +129,7 @@ class Judge:
         """Left by PGD-10, of the first 100."""
         return percent(self._left(model, PGD(self.threat, 10), 100))
 
-    def _left(self, model: nn.Module, attack: Attack, count: int | None = None) -> Tensor:
+    def _left(self, model: nn.Module, attack: Attack, count: int) -> Tensor:
         few = self.batch.select(slice(count))
         draw = generator(self.seed, type(attack).__name__)
         return ~attack.run(model, few.inputs, few.labels, generator=draw).broken
