@@ -6,7 +6,8 @@
 Three 3x3 convolutions of 16, 32 and 32 channels with BatchNorm and a linear layer. For each seed and each of natural
 and PGD-7 training a dense network is trained; every row goes on from it for the same epochs, on the same batches: as it
 is, or with the kernels of all three convolutions factorised, or with Dropout of channels that stays on. `keep` is
-theta. A batch shares its draw in training, in the paper, but for the row named so, which is trained naturally only., but for the row named so.
+theta. A batch shares its draw in training, as in the paper, but for the row named so (natural training only, for its
+cost).
 
 All shares are over `points` test records and the last 20 of 40 draws, each record with a kernel of its own. Columns, in
 per cent: clean, of the mean network (its draws off) and over draws; the least of 20 draws that all records share; the
