@@ -65,18 +65,18 @@ def stages(name: str, training: str, density: float, options: Any) -> list[Named
     pattern = {"name": "crossbar_blocks", "rows": 32, "columns": COLUMNS[options.data]}
     levels = {"name": "levels", "bits": LEVELS.bits}
 
-    def pull(projection: Mapping[str, Any], epochs: int, **settings: Any) -> Named:
+    def pull(projection: Mapping[str, Any], epochs: int, lr: float, **settings: Any) -> Named:
         # Whatever the number of epochs, the penalty's weight grows a hundredfold.
         admm = {"name": "admm", "projection": projection, "rho": RHO, "growth": 100 ** (1 / epochs), **settings}
-        return fit(training, options, epochs, lr=0.5, compression=admm)
+        return fit(training, options, epochs, lr=lr, compression=admm)
 
     if name == "ADMM":
         blocks = {"name": "sparse", "density": density, "pattern": pattern}
-        first = [pull(blocks, more, exclude=ends), fit(training, options, more)]
+        first = [pull(blocks, more, 1.0, exclude=ends), fit(training, options, more)]
     else:
         first = [prune(density, pattern, ends), fit(training, options, 2 * more)]
     mapping = {"name": "masked_mapping", "projection": levels}
-    return [*first, pull(levels, half), fit(training, options, half, lr=0.25, compression=mapping)]
+    return [*first, pull(levels, half, 0.5), fit(training, options, half, lr=0.25, compression=mapping)]
 
 
 def on_crossbars(model: nn.Module, unpruned: nn.Module, device: Device) -> dict[str, float]:
