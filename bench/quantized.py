@@ -59,7 +59,7 @@ from trivet.training.pipeline import run_stages
 DEFAULTS = {
     "digits": {"train": 1442, "epochs": 25, "batch_size": 64, "channels": 16, "eps": 0.1, "points": 355},
     "mnist": {"train": 6000, "epochs": 4, "batch_size": 64, "channels": 8, "eps": 0.2, "points": 200},
-    "cifar10": {"train": 6000, "epochs": 6, "batch_size": 64, "channels": 16, "eps": 8 / 255, "points": 200},
+    "cifar10": {"train": 6000, "epochs": 6, "batch_size": 64, "channels": 8, "eps": 2 / 255, "points": 200},
 }
 WEIGHTS: dict[str, Projection | None] = {
     "float": None,
@@ -154,7 +154,7 @@ def measured(options: Any, splits: Splits) -> dict[str, Any]:
     for seed in range(options.seed, options.seed + options.rounds):
         for loss in LOSSES:
             twin = None
-            for weights in WEIGHTS:
+            for weights in options.weights:
                 if any((run["weights"], run["loss"], run["seed"]) == (weights, loss, seed) for run in runs):
                     continue
                 if twin is None:
@@ -199,6 +199,7 @@ def main() -> None:
     for name, kind in (("train", int), ("epochs", int), ("batch-size", int), ("channels", int), ("points", int)):
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--eps", type=float)
+    parser.add_argument("--weights", nargs="*", choices=tuple(WEIGHTS), default=list(WEIGHTS), help="rows to make")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--samples", type=int, default=5, help="draws averaged for a gradient")
     options = parser.parse_args()
