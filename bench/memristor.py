@@ -3,7 +3,8 @@
     python bench/memristor.py --data digits --threads 1 --rounds 2 --out results/memristor-digits.json
     python bench/memristor.py --data mnist --threads 1 --rounds 1 --out results/memristor-mnist.json
 
-One small CNN, trained naturally and with PGD-7, --epochs each; every row goes on from there, and seeds pair the rows.
+One small CNN, trained naturally and with PGD-7, --epochs each (naturally --natural times as many, here and below);
+every row goes on from there, and seeds pair the rows.
 ADMM draws the blocks of crossbars to zero for --more epochs, and what is left is trained for as many (`trained`). Then
 half as many draw the weights to conductance levels of 5 bits, and as many map them (`mapped`); or they are rounded
 to levels at once (`rounded`). Rival: the blocks of least magnitude go at once, and training has the same epochs
@@ -32,7 +33,20 @@ from typing import Any
 
 from torch import nn
 
-from structured import TRAININGS, Judge, Named, Rows, chained, finished, fit, options_of, prune, rounded, trained_on
+from structured import (
+    TRAININGS,
+    Judge,
+    Named,
+    Rows,
+    chained,
+    finished,
+    fit,
+    more_of,
+    options_of,
+    prune,
+    rounded,
+    trained_on,
+)
 from trivet.compression.levels import Levels
 from trivet.compression.masks import Masks
 from trivet.compression.memristor import Constants, Device, crossbar_cost, under_variation
@@ -60,7 +74,7 @@ PUBLISHED = {
 
 def stages(name: str, training: str, density: float, options: Any) -> list[Named]:
     """Two of pruning, and two of putting weights on levels."""
-    more, ends = options.more, ("conv1", "logits")
+    more, ends = more_of(training, options), ("conv1", "logits")
     half = max(1, more // 2)
     pattern = {"name": "crossbar_blocks", "rows": 32, "columns": COLUMNS[options.data]}
     levels = {"name": "levels", "bits": LEVELS.bits}
@@ -107,7 +121,7 @@ def varied(model: nn.Module, judge: Judge, device: Device) -> dict[str, float]:
 
 def run(rows: Rows, training: str, seed: int) -> None:
     judge, device = Judge(rows.splits, rows.options, training, seed), Device(32, COLUMNS[rows.options.data])
-    trained_on(rows, training, seed, 3 * rows.options.more, lambda model: {})
+    trained_on(rows, training, seed, 3 * more_of(training, rows.options), lambda model: {})
     for density in DENSITIES[rows.options.data][training]:
         for name in ("ADMM", "magnitude"):
             tail = f"{100 * density:g} % of blocks"

@@ -3,11 +3,11 @@
     python bench/smart_deal.py --data digits --threads 1 --rounds 3 --out results/smart-deal-digits.json
     python bench/smart_deal.py --data mnist --threads 1 --rounds 1 --out results/smart-deal-mnist.json
 
-One small CNN, trained naturally and with PGD-7, --epochs each; every row goes on from there, for --more epochs, and
-seeds pair the rows. SmartDeal, by threshold: decomposed without training; trained, with a decomposition every epoch;
-trained by bucket switching. Rivals: 8 and 4 bits, rounded without training; 4 bits, and powers of two without a basis,
-by Binary-Relax; a part of the weights, on 4 bits; a part of the filters. What is lost is against the float network
-trained on for as many epochs.
+One small CNN, trained naturally and with PGD-7, --epochs each (naturally --natural times as many, here and below);
+every row goes on from there, for --more epochs, and seeds pair the rows. SmartDeal, by threshold: decomposed without
+training; trained, with a decomposition every epoch; trained by bucket switching. Rivals: 8 and 4 bits, rounded without
+training; 4 bits, and powers of two without a basis, by Binary-Relax; a part of the weights, on 4 bits; a part of the
+filters. What is lost is against the float network trained on for as many epochs.
 
     ratio                 32 bits a weight, over those of the packed file, for all convolutions and linear layers
     ratio_8, ratio_32     the authors' count, with so many bits for an entry of a basis; bases have 8 here
@@ -30,7 +30,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structured import TRAININGS, Judge, Named, Rows, chained, finished, fit, options_of, prune, rounded, trained_on
+from structured import (
+    TRAININGS,
+    Judge,
+    Named,
+    Rows,
+    chained,
+    finished,
+    fit,
+    more_of,
+    options_of,
+    prune,
+    rounded,
+    trained_on,
+)
 from trivet.compression.compression import originals, steps_on
 from trivet.compression.cost import cost_of
 from trivet.compression.energy import TABLES, estimate
@@ -66,7 +79,7 @@ def relaxed(projection: Any) -> dict[str, Any]:
 
 def plans(training: str, options: Any) -> dict[str, list[Named]]:
     """The stages of each row that trains."""
-    more = options.more
+    more = more_of(training, options)
 
     def on(**settings: Any) -> Named:
         return fit(training, options, more, lr=0.25, **settings)
@@ -144,7 +157,7 @@ def run(rows: Rows, training: str, seed: int) -> None:
             found["error"] = statistics.fmean(errors["decomposition_error"].values())
         rows.add(row, training, seed, found)
 
-    trained_on(rows, training, seed, rows.options.more, lambda model: spent(model, splits))
+    trained_on(rows, training, seed, more_of(training, rows.options), lambda model: spent(model, splits))
     for threshold in THRESHOLDS[rows.options.data]:
         row = f"SmartDeal decomposed, {threshold}"
         if rows.lacks(row, training, seed):

@@ -1,6 +1,6 @@
 """What the benchmarks of SmartDeal and of memristor crossbars share: networks, training, attacks, rows and tables.
 
-One small CNN, trained naturally and with PGD-7, --epochs each; every row goes on from there, and seeds pair the rows.
+One small CNN, trained naturally and with PGD-7; every row goes on from there, and seeds pair the rows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from trivet.training.pipeline import advance
 from trivet.training.stage import Checkpoint, Stage
 
 DEFAULTS = {
-    "digits": {"train": 1442, "epochs": 25, "more": 10, "points": 355, "attacked": 355},
-    "mnist": {"train": 6000, "epochs": 6, "more": 2, "points": 2000, "attacked": 200},
+    "digits": {"train": 1442, "epochs": 25, "more": 10, "natural": 1, "points": 355, "attacked": 355},
+    "mnist": {"train": 6000, "epochs": 4, "more": 2, "natural": 4, "points": 2000, "attacked": 200},
 }
-SETTINGS = ("data", "train", "epochs", "more", "points", "attacked", "eps", "lr")
+SETTINGS = ("data", "train", "epochs", "more", "natural", "points", "attacked", "eps", "lr")
 TRAININGS = ("natural", "PGD-7")
 REFERENCE = "float, trained on"
 Named = tuple[str, Stage]
@@ -44,7 +44,7 @@ Named = tuple[str, Stage]
 def options_of(description: str) -> argparse.Namespace:
     parser = harness.arguments(description, rounds=1)
     parser.add_argument("--data", choices=sorted(DEFAULTS), default="digits")
-    for name in ("train", "epochs", "more", "points", "attacked"):
+    for name in ("train", "epochs", "more", "natural", "points", "attacked"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -54,6 +54,11 @@ def options_of(description: str) -> argparse.Namespace:
             setattr(options, name, value)
     harness.prepare(options)
     return options
+
+
+def more_of(training: str, options: Any) -> int:
+    """Epochs of one turn after the first training. Naturally, which is cheap, there are --natural times as many."""
+    return int(options.more * (options.natural if training == "natural" else 1))
 
 
 def fit(training: str, options: Any, epochs: int, *, first: bool = False, lr: float = 1.0, **more: Any) -> Named:
@@ -152,7 +157,8 @@ class Rows:
                 generator(seed, "weights"),
             )
             fresh = build("models", "small_cnn", input_shape=shape, num_classes=classes, generator=draw)
-            stage = fit(training, self.options, self.options.epochs, first=True)
+            times = self.options.natural if training == "natural" else 1
+            stage = fit(training, self.options, times * self.options.epochs, first=True)
             (checkpoint,) = chained(fresh, [stage], self.splits, seed)
             self.floats[training, seed] = finished(checkpoint)
         return copy.deepcopy(self.floats[training, seed])
