@@ -57,7 +57,7 @@ from trivet.training.pipeline import run_stages
 from trivet.training.precise_bn import estimate
 
 DEFAULTS = {
-    "digits": {"train": 1442, "epochs": 15, "more": 10, "eps": 0.1, "points": 200, "strides": (1, 2, 1)},
+    "digits": {"train": 1442, "epochs": 10, "more": 8, "eps": 0.1, "points": 200, "strides": (1, 2, 1)},
     "mnist": {"train": 6000, "epochs": 2, "more": 1, "eps": 0.2, "points": 200, "strides": (2, 2, 1)},
 }
 KERNELS = ("conv*",)
