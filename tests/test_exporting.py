@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from trivet import api, exporting
 from trivet.claims import Claim, Ledger, PrivacyClaim
 from trivet.cli import main
-from trivet.compression.runtime import footprint, runtime_latency
+from trivet.compression.cost import Latency
+from trivet.compression.runtime import COMPILED, SIMULATED, footprint, runtime_latency
 from trivet.compression.tensorization import Tensorization
 from trivet.errors import BadValue, TrivetError
 from trivet.files import load_tensors, sha256
 from trivet.models.foreign.export import is_quantized, onnx_bytes, pt2_bytes
+from trivet.models.foreign.exported_program import ExportedModel
 from trivet.models.foreign.load import load_model
 from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
 from trivet.models.foreign.quantized import Quantize
@@ -92,8 +95,12 @@ def ledger_of(path: str | Path) -> Ledger:
 
 
 def privacy_of(path: str | Path) -> Claim:
-    (claim,) = [each for each in ledger_of(path).claims if isinstance(each, PrivacyClaim)]
+    (claim,) = privacy_of_all(path)
     return claim
+
+
+def privacy_of_all(path: str | Path) -> list[Claim]:
+    return [each for each in ledger_of(path).claims if isinstance(each, PrivacyClaim)]
 
 
 def test_a_float_file_answers_within_the_stated_bound_on_every_record(run: Run, in_float: exporting.Exported) -> None:
@@ -185,6 +192,64 @@ def test_a_torch_export_file_is_exact_and_read_without_unpickling(run: Run, tmp_
     assert int((load_model(tmp_path / "m.pt2")(inputs).argmax(1) == labels).sum()) == made.exported == made.trained
 
 
+def test_an_archive_in_eight_bits_is_attacked_as_it_is_written(run: Run, tmp_path: Path) -> None:
+    """By gradients straight through its rounding, and by questions to its own operators; privacy as for ONNX."""
+    pytest.importorskip("torchao", reason="what quantises archives")
+    path = tmp_path / "m.pt2"
+    made = api.export_model(run.folder.path, to="pt2", int8=True, calibrate_on="digits", out=path)
+    inputs, labels = records_of(run)
+    with torch.no_grad():
+        answers = ExportedModel(path)(inputs)
+        ours = run.model(run.plan.splits().test)(inputs)
+    assert (made.format, made.points, made.bytes) == ("pt2 int8", 60, path.stat().st_size)
+    assert made.exported == int((answers.argmax(1) == labels).sum())
+    assert made.max_difference == pytest.approx(float((answers - ours).abs().max()), rel=1e-3)
+    assert 0 < made.max_difference < 0.2 * made.largest  # measured: 0.02
+    assert made.disagreements <= 6  # measured: 0
+    assert privacy_of(path).holds
+    found = Target.open(path, recipe=None, data=None, overrides=(), out=None, trust_code=False, device="cpu")
+    assert isinstance(found.model, Twinned)
+    assert isinstance(found.model.answering, ExportedModel)
+    with torch.no_grad():
+        assert torch.equal(found.model(inputs), answers)
+    subject = api.audit_model(path)
+    assert {each.label for each in subject.findings.attacks} >= {"Square"}
+    assert {each.artefact for each in ledger_of(path).holding} == {made.sha256}
+    assert subject.findings.cost.packed_bytes is None
+    assert subject.findings.worst_case is not None
+    assert subject.findings.worst_case.successes < subject.findings.clean.successes
+    again = api.export_model(run.folder.path, to="pt2", int8=True, out=path)
+    assert again.sha256 != made.sha256  # other records, other ranges
+    voided = privacy_of_all(path)
+    assert [claim.voided is None for claim in voided] == [False, False]
+
+
+def test_an_eight_bit_file_is_timed_in_its_runtime(run: Run, tmp_path: Path) -> None:
+    made = api.export_model(run.folder.path, to="onnx", int8=True, out=tmp_path / "m.onnx")
+    subject = api.audit_model(made.path, overrides=["audit.latency=[2]", "audit.points=4"])
+    (timed,) = subject.findings.cost.latency
+    assert (timed.path, timed.batch_size) == ("ONNX Runtime", 2)
+    (said,) = [each.statement for each in subject.claims if each.holds and "batch of 2" in each.statement]
+    assert "runs in ONNX Runtime) on" in said
+
+
+def test_a_compiled_program_is_set_beside_the_file_as_it_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table and sentences for people, from figures that are given here."""
+    timed = Latency(0.002, 0.001, 0.003, 8, 1, 30, COMPILED, "a processor")
+    slow = replace(timed, path=SIMULATED)
+    base = exporting.Exported("m.pt2", "0", 1, "pt2 int8", 60, 0.1, 5.0, 1, 50, 49, (), "")
+    compiled = replace(base, measured=(exporting.Measured(COMPILED, timed, None, 3),))
+    said = "\n".join(exporting.summary(compiled))
+    assert "labels so many otherwise than as written: 3 (batches of 8)" in said
+    assert exporting.rows(compiled)[0] == {
+        "runs in": "PyTorch, compiled", "batch": 8, "threads": 1, "ms": 2.0, "from": 1.0, "to": 3.0, "MB": None,
+    }  # fmt: skip
+    simulated = replace(base, measured=(exporting.Measured(SIMULATED, slow, 10**6),))
+    said = "\n".join(exporting.summary(simulated))
+    assert "only simulates eight bits" in said
+    assert "otherwise than as written" not in said
+
+
 def test_claims_are_about_the_file_and_end_with_its_content(in_eight_bits: exporting.Exported) -> None:
     path = Path(in_eight_bits.path)
     before = ledger_of(path).holding
@@ -256,7 +321,8 @@ def test_drawn_weights_are_not_exported() -> None:
     [
         ({"to": "onnx", "out": "m.pt2"}, "must end in .onnx"),
         ({"to": "torch"}, "to=torch must be onnx, pt2 or packed"),
-        ({"to": "pt2", "int8": True}, "eight bits are for onnx"),
+        ({"to": "packed", "int8": True}, "to=packed does not go with int8"),
+        ({"to": "pt2", "int8": True, "out": "m.onnx"}, "must end in .pt2"),
         ({"to": "packed", "out": "nowhere/m.safetensors"}, "is in no folder"),
     ],
 )
@@ -306,7 +372,7 @@ def test_the_command_exports_and_refuses_in_one_sentence(
     assert "On all 60 test records: 0 labelled otherwise" in said
     assert "privacy claim holds for the file" in said
     for wrong, sentence in (
-        (("--to", "packed", "--int8"), "eight bits are for onnx"),
+        (("--to", "packed", "--int8"), "to=packed does not go with int8"),
         (("--to", "onnx", "--calibrate-on", "digits"), "--calibrate-on goes with --int8"),
         (("--to", "tflite"), "to=tflite must be onnx, pt2 or packed"),
     ):

@@ -168,8 +168,9 @@ def export_model(
     Args:
         run: a run folder.
         to: "onnx", "pt2" (torch.export), or "packed" (weights in as few bytes as they need, for Trivet).
-        int8: with "onnx", weights and activations in eight bits.
-        out: the file; model.onnx, model-int8.onnx, model.pt2 or packed.safetensors in the run folder if None.
+        int8: with "onnx" and "pt2", weights and activations in eight bits.
+        out: the file; model.onnx, model-int8.onnx, model.pt2, model-int8.pt2 or packed.safetensors in the run folder if
+            None.
         calibrate_on: with `int8`, whose training records the ranges are read off: a source of public data as in
             `train_model`; the run's own if None, which ends a privacy claim.
         trust_code: run code that the recipe names by import path.

@@ -342,7 +342,7 @@ def _decide(onnx: str, vnnlib: str, settings: dict[str, Any], out: str | None, a
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     to: Annotated[str, typer.Option(metavar="onnx|pt2|packed", help="The format.")],
-    int8: Annotated[bool, typer.Option("--int8", help="With onnx: weights and activations in eight bits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights and activations in eight bits.")] = False,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="The file; in RUN otherwise.")] = None,
     calibrate_on: Annotated[str | None, typer.Option(metavar="DATA", help="With --int8: public data for it.")] = None,
     trust_code: Trust = False,

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trivet.audit.findings import Findings
+from trivet.audit.findings import Findings, LatencyFinding
 from trivet.claims import AccuracyClaim, Claim, CostClaim, Ledger, PrivacyClaim, Voided
 from trivet.compression.cost import Latency, measure_latency
 from trivet.compression.packing import save_packed
-from trivet.compression.runtime import footprint, runtime_latency
+from trivet.compression.runtime import COMPILED, SIMULATED, footprint, runner, runtime_latency
 from trivet.data.dataset import Dataset, Splits
 from trivet.errors import TrivetError, require
 from trivet.files import load_tensors, sha256, sole_writer, write_bytes, write_json, write_text
-from trivet.models.foreign.export import int8_bytes, onnx_bytes, pt2_bytes
-from trivet.models.foreign.load import load_model
+from trivet.models.foreign.export import int8_bytes, onnx_bytes, pt2_bytes, pt2_int8_bytes
+from trivet.models.foreign.exported_program import ExportedModel
 from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
 from trivet.models.foreign.twinned import Twinned
 from trivet.randomness import generator
@@ -37,6 +37,7 @@ from trivet.training.pipeline import load_into
 _TOLERANCE = 1e-4
 """Of the largest logit, where that is above 1: by how much a file in float32 may differ, by rounding in other order."""
 _BATCH = 256
+_TRAINED = "PyTorch, as trained"
 _CONFIDENCE = 0.95
 
 
@@ -50,11 +51,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """Time of a batch, and the bytes by which a fresh process grows; None where that was not measured."""
+    """A way of running the file, or for comparison the trained model.
+
+    Attributes:
+        runtime: what runs it.
+        latency: time of a batch.
+        memory: bytes by which a fresh process grows; None where that was not measured.
+        disagreements: test records that it labels otherwise than the file does as it is written; None where it is that.
+    """
 
     runtime: str
     latency: Latency
     memory: int | None
+    disagreements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,13 @@ class Exported:
 
     Attributes:
         path, sha256, bytes: of the file.
-        format: "onnx", "onnx int8", "pt2" or "packed".
+        format: "onnx", "onnx int8", "pt2", "pt2 int8" or "packed".
         points: test records it was compared on: all there are.
         max_difference: of any logit from the trained model's.
         largest: the largest logit of the trained model, as a measure for that.
         disagreements: records labelled otherwise.
         trained, exported: correctly labelled records.
-        measured: in ONNX Runtime and PyTorch, where the file runs there.
+        measured: the file in its runtime, and the trained model in PyTorch.
         privacy: what becomes of the run's privacy claim; empty if it has none.
     """
 
@@ -90,11 +99,10 @@ class Exported:
 def export_run(run: Run, to: str, calibration: Calibration | None, out: str | Path | None) -> Exported:
     """What `api.export_model` does."""
     require(to in ("onnx", "pt2", "packed"), f"to={to} must be onnx, pt2 or packed.")
-    require(calibration is None or to == "onnx", f"to={to} does not go with int8; eight bits are for onnx.")
-    names = {"onnx": "model.onnx" if calibration is None else "model-int8.onnx", "pt2": "model.pt2"}
-    path = Path(out) if out is not None else run.folder.path / names.get(to, "packed.safetensors")
-    suffix = Path(names.get(to, "packed.safetensors")).suffix
-    require(path.suffix == suffix, f"out={path} must end in {suffix}.")
+    require(calibration is None or to != "packed", "to=packed does not go with int8; it stores weights as they are.")
+    name = "packed.safetensors" if to == "packed" else f"model{'-int8' if calibration else ''}.{to}"
+    path = Path(out) if out is not None else run.folder.path / name
+    require(path.suffix == Path(name).suffix, f"out={path} must end in {Path(name).suffix}.")
     require(path.parent.is_dir(), f"out={path} is in no folder; make {path.parent} first.")
     if run.is_policy:
         raise TrivetError(f"{run.folder.path} is a policy; what is exported is a model that labels records.")
@@ -116,8 +124,8 @@ def export_run(run: Run, to: str, calibration: Calibration | None, out: str | Pa
         path=str(path),
         sha256=sha256(path),
         bytes=path.stat().st_size,
-        format="onnx int8" if calibration else to,
-        measured=_measured(path, model, run, splits.test.input_shape, to, calibration is None),
+        format=f"{to} int8" if calibration else to,
+        measured=_measured(path, model, run, splits.test, to, calibration is None),
         privacy=_standing(held, private),
         **compared,
     )
@@ -128,7 +136,8 @@ def export_run(run: Run, to: str, calibration: Calibration | None, out: str | Pa
 def about_file(findings: Findings, path: Path, model: nn.Module, ledger: Ledger) -> Findings:
     """Findings bound to the file they were made on, by its hash; claims about another content of it end.
 
-    Sizes are the file's. What a twin in float32 would take is left out where the file computes in eight bits.
+    Sizes are the file's. Where the file computes in eight bits, its time is that in its runtime, and what a twin in
+    float32 would take is left out.
     """
     artefact = sha256(path)
     for claim in ledger.holding:
@@ -136,6 +145,10 @@ def about_file(findings: Findings, path: Path, model: nn.Module, ledger: Ledger)
             ledger.void(claim, "audit", "the file is not the one it was made for")
     sizes: dict[str, Any] = {"file_bytes": path.stat().st_size, "file_format": path.suffix.removeprefix(".")}
     if isinstance(model, Twinned):
+        twin: Any = model.twin
+        shape = twin.meta["input_shape"]
+        timed = [runtime_latency(path, shape, batch_size=each.batch_size) for each in findings.cost.latency]
+        sizes["latency"] = tuple(LatencyFinding(**vars(each)) for each in timed)
         sizes |= {"packed_bytes": None, "compressed_bytes": None, "bits_per_weight": None, "energy": None}
     return findings.model_copy(update={"artefact": artefact, "cost": findings.cost.model_copy(update=sizes)})
 
@@ -146,9 +159,12 @@ def _write(path: Path, run: Run, model: nn.Module, splits: Splits, to: str, cali
         structure = _structure(run)
         save_packed(path, model.state_dict(), {"history": run.history, "structure": structure})
         return
-    content = onnx_bytes(model, shape) if to == "onnx" else pt2_bytes(model, shape)
-    if calibration is not None:
-        content = int8_bytes(content, _calibrating(run, splits, calibration))
+    if calibration is None:
+        content = onnx_bytes(model, shape) if to == "onnx" else pt2_bytes(model, shape)
+    else:
+        batches = _calibrating(run, splits, calibration)
+        in_onnx = to == "onnx"
+        content = int8_bytes(onnx_bytes(model, shape), batches) if in_onnx else pt2_int8_bytes(model, shape, batches)
     write_bytes(path, content)
 
 
@@ -176,7 +192,7 @@ def _opened(path: Path, run: Run, like: Dataset) -> Callable[[Tensor], Tensor]:
     if path.suffix == ".onnx":
         return OnnxRuntimeModel(path)
     if path.suffix == ".pt2":
-        return load_model(path)
+        return ExportedModel(path)
     fresh = run.plan.model(like)
     load_into(fresh, path)
     return fresh.eval()
@@ -210,19 +226,27 @@ def _compared(model: nn.Module, file: Callable[[Tensor], Tensor], test: Dataset,
     }
 
 
-def _measured(
-    path: Path, model: nn.Module, run: Run, shape: tuple[int, ...], to: str, exact: bool
-) -> tuple[Measured, ...]:
+def _measured(path: Path, model: nn.Module, run: Run, test: Dataset, to: str, exact: bool) -> tuple[Measured, ...]:
     found = []
-    threads = torch.get_num_threads()
+    shape, threads = test.input_shape, torch.get_num_threads()
     for size in run.plan.audit.latency:
-        if to == "onnx":
-            memory = footprint(path, shape, batch_size=size, threads=threads)
-            found.append(Measured("ONNX Runtime", runtime_latency(path, shape, batch_size=size), memory))
+        if to == "onnx" or not exact:
+            timed = runtime_latency(path, shape, batch_size=size)
+            compiled = timed.path == COMPILED  # a fresh process would grow by what the compiler takes
+            reader = "onnxruntime" if to == "onnx" else "exported"
+            memory = None if compiled else footprint(path, shape, batch_size=size, threads=threads, runtime=reader)
+            found.append(Measured(timed.path, timed, memory, _differing(path, test, size) if compiled else None))
         readable = to != "packed" and exact
         memory = footprint(path, shape, batch_size=size, threads=threads, runtime="torch") if readable else None
-        found.append(Measured("PyTorch", measure_latency(model, shape, batch_size=size), memory))
+        found.append(Measured(_TRAINED, measure_latency(model, shape, batch_size=size), memory))
     return tuple(found)
+
+
+def _differing(path: Path, test: Dataset, batch_size: int) -> int:
+    """Test records that the compiled program labels otherwise than the program as it is written."""
+    written, compiled = ExportedModel(path), runner(path, batch_size)[0]
+    parts = [test.batch(part).inputs for part in torch.arange(len(test)).split(_BATCH)]
+    return sum(int((written(x).argmax(1) != compiled(x).argmax(1)).sum()) for x in parts)
 
 
 def rows(made: Exported) -> list[dict[str, Any]]:
@@ -248,6 +272,12 @@ def summary(made: Exported) -> list[str]:
         f"{made.max_difference:.3g} at most, where the largest is {made.largest:.3g}.",
         f"Correct: {made.exported} in the file, {made.trained} in the trained model.",
     ]
+    differing = [each for each in made.measured if each.disagreements is not None]
+    if differing:
+        counts = ", ".join(f"{each.disagreements} (batches of {each.latency.batch_size})" for each in differing)
+        said.append(f"Compiled, which multiplies integers, it labels so many otherwise than as written: {counts}.")
+    if any(each.latency.path == SIMULATED for each in made.measured):
+        said.append("No C++ compiler serves here, and as written PyTorch only simulates eight bits, slowly.")
     if made.privacy:
         said.append(f"Privacy: {made.privacy}.")
     return [*said, f"next:    trivet audit {made.path}"]
@@ -305,7 +335,7 @@ def _claims(made: Exported, test: Dataset) -> list[Claim]:
         measure="exported_bytes",
         **common,
     )
-    return [accuracy, size, *(_timed(each, common) for each in made.measured if each.runtime == "ONNX Runtime")]
+    return [accuracy, size, *(_timed(each, common) for each in made.measured if each.runtime != _TRAINED)]
 
 
 def _timed(each: Measured, common: dict[str, Any]) -> Claim:
@@ -313,12 +343,12 @@ def _timed(each: Measured, common: dict[str, Any]) -> Claim:
     where = f"{found.machine}, threads: {found.threads}"
     return CostClaim(
         statement=f"Answers a batch of {found.batch_size} in {1e3 * found.median:.3g} ms (median of {found.repeats} "
-        f"runs in ONNX Runtime) on {where}.",
+        f"runs in {each.runtime}) on {where}.",
         value=1e3 * found.median,
         unit="ms",
         interval=(1e3 * found.low, 1e3 * found.high),
         obtained={"name": "runtime_latency", "batch_size": found.batch_size, "machine": where},
         conditions=("the interval spans the quartiles of the runs",),
-        measure=f"ONNX Runtime latency of a batch of {found.batch_size}",
+        measure=f"{each.runtime} latency of a batch of {found.batch_size}",
         **common,
     )

@@ -21,6 +21,7 @@ from trivet.control.environment import Environment
 from trivet.data.dataset import Dataset
 from trivet.errors import TrivetError
 from trivet.files import load_tensors
+from trivet.models.foreign.exported_program import ExportedModel
 from trivet.models.foreign.load import load_model
 from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
 from trivet.models.foreign.quantized import Quantize
@@ -209,9 +210,9 @@ def _read(path: Path, settings: Plan, test: Dataset) -> nn.Module:
     if path.suffix != ".safetensors":
         model = load_model(path)
         quantized = any(isinstance(each, Quantize) for each in model.modules())
-        if not quantized or path.suffix == ".pt2":
+        if not quantized:
             return model
-        runtime = OnnxRuntimeModel(path)
+        runtime = ExportedModel(path) if path.suffix == ".pt2" else OnnxRuntimeModel(path)
         return Twinned(model, runtime, runtime.conditions).eval()
     model = settings.model(test)
     load_into(model, path)

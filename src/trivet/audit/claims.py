@@ -157,12 +157,12 @@ class _Maker:
         where = f"{found.machine}, threads: {found.threads}"
         return CostClaim(
             statement=f"Answers a batch of {found.batch_size} in {1e3 * found.median:.3g} ms (median of "
-            f"{found.repeats} runs in PyTorch) on {where}.",
+            f"{found.repeats} runs in {found.path}) on {where}.",
             value=1e3 * found.median,
             unit="ms",
             interval=(1e3 * found.low, 1e3 * found.high),
             obtained={"name": "latency", "batch_size": found.batch_size, "machine": where},
-            conditions=(f"the way of running it: {found.path}", "the interval spans the quartiles of the runs"),
+            conditions=("the interval spans the quartiles of the runs",),
             measure=f"latency of a batch of {found.batch_size}",
             **self.common,
         )

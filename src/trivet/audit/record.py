@@ -91,7 +91,8 @@ def costs(subjects: Sequence[Subject]) -> Html:
         rows.append(cells)
     ran = [each for subject in subjects for each in subject.findings.cost.latency]
     where = " · ".join(dict.fromkeys(f"{each.machine}, threads: {each.threads}" for each in ran))
-    lead = f"Latency: the median in PyTorch on {where}, with its quartiles. " if ran else ""
+    ways = " or ".join(dict.fromkeys(each.path for each in ran))
+    lead = f"Latency: the median in {ways} on {where}, with its quartiles. " if ran else ""
     tables = dict.fromkeys(each.findings.cost.energy_table for each in subjects if each.findings.cost.energy_table)
     lead += f"Energy is estimated by the table {', '.join(tables)}: only ratios mean anything." if tables else ""
     return section("costs", "Cost", table(head, rows), lead=lead)

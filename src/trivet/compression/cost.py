@@ -178,7 +178,7 @@ class Latency:
         batch_size: inputs a batch.
         threads: processor threads PyTorch was allowed.
         repeats: timed runs, after warm-up.
-        path: which of the float32 ways of running the model was the fastest, and is the one reported.
+        path: what ran the model, and how; of several ways in float32 the fastest, which is the one reported.
         machine: processor (and GPU, if the model lies there).
     """
 
@@ -220,9 +220,9 @@ def measure_latency(
     x = torch.rand(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device_of(model))
     with evaluating(model), torch.inference_mode(), limited_threads(threads) as allowed:
         folded = Surrogate(model, "fp32").refresh(model)
-        ways: dict[str, Callable[[Tensor], Tensor]] = {"as it is": model}
+        ways: dict[str, Callable[[Tensor], Tensor]] = {"PyTorch": model}
         if torch.allclose(folded(x), model(x), rtol=1e-3, atol=1e-4):
-            ways["BatchNorm folded, channels last"] = folded
+            ways["PyTorch, BatchNorm folded, channels last"] = folded
         taken = {name: times(way, x, repeats, warmup) for name, way in ways.items()}
     path = min(taken, key=lambda name: statistics.median(taken[name]))
     low, median, high = quartiles(taken[path])

@@ -1,4 +1,4 @@
-"""Time and memory of an exported file in ONNX Runtime, beside the same network in PyTorch.
+"""Time and memory of an exported file in the runtime it is made for.
 
 Run as a program it answers for memory: it loads a file, lets it work, and prints what that took. Only a fresh process
 can tell, because one that has done other work has memory to spare.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from trivet import machine
 from trivet.compression.cost import Latency, limited_threads, quartiles, times
 from trivet.errors import TrivetError, require
+from trivet.models.foreign.exported_program import ExportedModel
 from trivet.models.foreign.load import load_model
 from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
 
@@ -32,19 +34,46 @@ def runtime_latency(
     repeats: int = 30,
     warmup: int = 3,
 ) -> Latency:
-    """The median time of a batch in ONNX Runtime on the processor; the fields are those of `measure_latency`.
+    """The median time of a batch on the processor in what `runner` finds; the fields are those of `measure_latency`.
 
     Raises:
         BadValue: numbers below 1.
-        TrivetError: a file that ONNX Runtime refuses.
+        TrivetError: a file that its runtime refuses.
     """
     for name, value in (("batch_size", batch_size), ("repeats", repeats), ("warmup", warmup)):
         require(value >= 1, f"{name}={value} must be at least 1.")
     require(threads is None or threads >= 1, f"threads={threads} must be at least 1.")
     x = torch.rand(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), limited_threads(threads) as allowed:
-        low, median, high = quartiles(times(OnnxRuntimeModel(path), x, repeats, warmup))
-    return Latency(median, low, high, batch_size, allowed, repeats, "ONNX Runtime", machine.processor())
+        model, way = runner(path, batch_size)
+        low, median, high = quartiles(times(model, x, repeats, warmup))
+    return Latency(median, low, high, batch_size, allowed, repeats, way, machine.processor())
+
+
+def runner(path: str | Path, batch_size: int) -> tuple[nn.Module, str]:
+    """The file as its users run it in batches of one size, with the present number of threads, and what that is called.
+
+    An .onnx file runs in ONNX Runtime. A .pt2 file is compiled by TorchInductor; where that fails, as it does without
+    a C++ compiler, PyTorch runs it operator by operator, which only simulates eight bits.
+
+    Raises:
+        TrivetError: a file that its runtime refuses.
+    """
+    if Path(path).suffix != ".pt2":
+        return OnnxRuntimeModel(path), "ONNX Runtime"
+    try:
+        return ExportedModel(path, batch_size=batch_size), COMPILED
+    except TrivetError:
+        return ExportedModel(path), SIMULATED
+
+
+COMPILED, SIMULATED = "PyTorch, compiled", "PyTorch, as written"
+_READERS: dict[str, tuple[str, Callable[[str], nn.Module]]] = {
+    "onnxruntime": ("onnxruntime", OnnxRuntimeModel),
+    "torch": ("torch._dynamo", load_model),
+    "exported": ("torch._dynamo", ExportedModel),
+}
+"""What a runtime needs loaded (shapes are worked out by code that the compiler shares), and what reads a file."""
 
 
 def footprint(
@@ -55,17 +84,17 @@ def footprint(
     The runtime itself is loaded before. None where the system does not say (it must have /proc).
 
     Args:
-        path: of an .onnx file; with runtime="torch", of anything `load_model` reads.
+        path: of an .onnx file; with runtime="torch", of anything `load_model` reads; with "exported", of a .pt2 file.
         input_shape: of one record.
         batch_size: records in a batch.
         threads: processor threads.
-        runtime: "onnxruntime" or "torch".
+        runtime: "onnxruntime", "torch", or "exported" for operators as they are written (`ExportedModel`).
 
     Raises:
         BadValue: no such file, or another runtime.
         TrivetError: the process failed.
     """
-    require(runtime in ("onnxruntime", "torch"), f"runtime={runtime} must be onnxruntime or torch.")
+    require(runtime in _READERS, f"runtime={runtime} must be onnxruntime, torch or exported.")
     require(Path(path).is_file(), f"{path} is no file.")
     if not _STATUS.exists():
         return None
@@ -82,11 +111,13 @@ def footprint(
 def _grown(path: str, sides: str, threads: str, runtime: str) -> int:
     torch.set_num_threads(int(threads))
     x = torch.rand(*map(int, sides.split("x")), generator=torch.Generator().manual_seed(0))
-    for library in ("onnx", "onnxruntime" if runtime == "onnxruntime" else "torch.fx"):
-        importlib.import_module(library)
-    nn.Conv2d(1, 1, 1)(torch.zeros(1, 1, 1, 1))  # libraries that are loaded at first use
+    library, reader = _READERS[runtime]
+    for each in ("onnx", "torch.ao.quantization.fx._decomposed", library):
+        importlib.import_module(each)
+    for where in ("cpu", "meta"):  # libraries that are loaded at first use
+        nn.Conv2d(1, 1, 1, device=where)(torch.zeros(1, 1, 1, 1, device=where))
     before = _status("VmRSS")
-    model: nn.Module = OnnxRuntimeModel(path) if runtime == "onnxruntime" else load_model(path)
+    model = reader(path)
     with torch.inference_mode():
         for _ in range(3):
             model(x)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from trivet.errors import TrivetError
 from trivet.models.baking import baked, draws
+from trivet.models.foreign.quiet import quiet
 
 _OPSET = 20
 
@@ -56,11 +55,53 @@ def pt2_bytes(model: nn.Module, input_shape: tuple[int, ...]) -> bytes:
         TrivetError: the model draws at random, or cannot be exported.
     """
     with _exporting(model) as net:
-        program = torch.export.export(
-            net, (_example(input_shape),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-        )
-        written = io.BytesIO()
-        torch.export.save(program, written)
+        return _archive(_traced(net, input_shape))
+
+
+def pt2_int8_bytes(model: nn.Module, input_shape: tuple[int, ...], batches: Iterable[Tensor]) -> bytes:
+    """`model` as a torch.export archive with eight bits, by torchao's static quantisation for x86 (PT2E).
+
+    Weights of convolutions and linear layers are stored as levels, symmetric for each output channel; activations are
+    rounded for each tensor, to the range that the library's histograms choose on `batches` of records [B, C, H, W].
+    Which records these are can be read off the ranges. On processors without VNNI sums of two products may saturate.
+
+    Raises:
+        TrivetError: torchao is missing or cannot quantise the network, or as `pt2_bytes`.
+    """
+    with _exporting(model) as net:
+        try:
+            from torchao.quantization.pt2e import quantize_pt2e
+            from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+        except ImportError:
+            raise TrivetError("a .pt2 file in eight bits needs torchao; pip install 'trivet[pt2]'.") from None
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        observed = quantize_pt2e.prepare_pt2e(_traced(net, input_shape).module(), quantizer)
+        for batch in batches:
+            observed(batch)
+        made = quantize_pt2e.convert_pt2e(observed)
+        # The weights in float stay behind as attributes that nothing reads, and would be stored.
+        read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
+        for name, _ in [*made.named_parameters(), *made.named_buffers()]:
+            if name not in read:
+                owner, _, last = name.rpartition(".")
+                delattr(made.get_submodule(owner), last)
+        return _archive(_traced(made, input_shape))
+
+
+def _traced(net: nn.Module, input_shape: tuple[int, ...]) -> Any:
+    shapes = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(net, (_example(input_shape),), dynamic_shapes=shapes, strict=False)
+
+
+def _archive(program: Any) -> bytes:
+    """An exported program as a file, without what only tells where it was made: paths of sources, names of classes."""
+    for node in program.graph.nodes:
+        for told in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
+            node.meta.pop(told, None)
+    program.example_inputs = None  # a pickle, which readers would have to trust
+    written = io.BytesIO()
+    torch.export.save(program, written)
     return written.getvalue()
 
 
@@ -79,7 +120,7 @@ def int8_bytes(content: bytes, batches: Iterable[Tensor]) -> bytes:
     except ImportError:
         raise TrivetError("eight bits need onnx and onnxruntime; pip install 'trivet[onnx]'.") from None
     proto = onnx.load_model_from_string(content)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "int8.onnx"
         try:
             quantize_static(
@@ -129,23 +170,10 @@ def _exporting(model: nn.Module) -> Iterator[nn.Module]:
         raise TrivetError("the weights are drawn anew in every pass, and a file would hold a single draw; export none.")
     net = baked(model).eval().cpu()
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             yield net
     except TrivetError:
         raise
     except Exception as error:  # exporters raise whatever the model's forward raises on symbols
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise TrivetError(f"{type(model).__name__} cannot be exported: {first}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters warn about themselves and about packages that are not needed."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

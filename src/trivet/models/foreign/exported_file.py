@@ -12,7 +12,8 @@ import json
 import math
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,18 @@ from torch import Tensor, fx
 
 from trivet.errors import TrivetError
 from trivet.models.foreign.assembly import Assembly, Unsupported, Value, refuse_unless
-from trivet.models.foreign.exported_graph import OPERATORS, VIEWS, Call
+from trivet.models.foreign.exported_graph import OPERATORS, VIEWS, Call, Operator
+from trivet.models.foreign.exported_quantized import QUANTIZED
 
-DTYPES = {4: torch.int32, 5: torch.int64, 7: torch.float32, 8: torch.float64, 12: torch.bool}
+DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    4: torch.int32,
+    5: torch.int64,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+}
 MAX_JSON = 256 << 20
 MAJOR = 8
 """The version of the graph's schema that is read here."""
@@ -36,9 +46,16 @@ def import_exported(path: Path, max_bytes: int) -> fx.GraphModule:
         TrivetError: not such an archive, members that would have to be unpickled or linked (named), an operator or a
             type that is not supported (named), or weights of more than `max_bytes`.
     """
+    with opened(path, max_bytes) as program:
+        return _Import(program).run()
+
+
+@contextmanager
+def opened(path: Path, max_bytes: int) -> Iterator[Program]:
+    """The program in an archive; what goes wrong while it is read becomes one sentence."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return _Import(_Archive(archive, max_bytes)).run()
+            yield Program(_Archive(archive, max_bytes))
     except zipfile.BadZipFile:
         raise TrivetError(f"{path} is not a torch.export archive or is damaged; export it again.") from None
     except Unsupported as error:
@@ -113,98 +130,132 @@ class _Archive:
         return flat.as_strided(sizes, strides, _int(meta["storage_offset"])).clone()
 
 
-class _Import:
-    """One pass over the nodes of the graph, in their order."""
+class Program:
+    """What an archive says of a classifier in eval mode, checked as far as that goes without its operators.
+
+    Attributes:
+        input, output: names of the only ones.
+        meta: type and shape of the input.
+        tensors: parameters, buffers and constants, by the names the nodes have for them.
+        nodes: in their order.
+    """
 
     def __init__(self, archive: _Archive) -> None:
         program = archive.json("models/model.json")
         major = program["schema_version"]["major"]
         refuse_unless(major == MAJOR, f"its schema has version {major}, and {MAJOR} can be read")
-        self.graph, self.signature = program["graph_module"]["graph"], program["graph_module"]["signature"]
-        self.weights, self.constants = archive.tensors("data/weights"), archive.tensors("data/constants")
-        self.values: dict[str, Value] = {}
-        self.viewed: set[str] = set()  # names whose memory another value may share
-
-    def run(self) -> fx.GraphModule:
+        graph, signature = program["graph_module"]["graph"], program["graph_module"]["signature"]
+        stored = {**archive.tensors("data/constants"), **archive.tensors("data/weights")}
         inputs = []
-        for spec in self.signature["input_specs"]:
+        self.tensors: dict[str, Tensor] = {}
+        for spec in signature["input_specs"]:
             ((kind, content),) = spec.items()
             if kind == "user_input":
                 inputs.append(content["arg"]["as_tensor"]["name"])
             elif kind in ("parameter", "buffer", "tensor_constant"):
                 name = content[f"{kind}_name"]
-                stored = self.weights.get(name, self.constants.get(name))
-                if stored is None:
-                    raise Unsupported(f"the {kind} {name!r} has no tensor")
-                self.values[content["arg"]["name"]] = stored
+                refuse_unless(name in stored, f"the {kind} {name!r} has no tensor")
+                self.tensors[content["arg"]["name"]] = stored[name]
             else:
                 raise Unsupported(f"it takes an input of kind {kind!r}")
-        outputs = self.signature["output_specs"]
+        outputs = signature["output_specs"]
         refuse_unless(len(inputs) == 1, f"it has {len(inputs)} inputs, and a classifier has one")
         refuse_unless(
             len(outputs) == 1 and "user_output" in outputs[0],
             f"it has {len(outputs)} outputs (buffers it changes count), and a classifier in eval mode has one",
         )
-        shape, self.declared = _input_shape(self.graph["tensor_values"][inputs[0]])
+        self.input, self.output = inputs[0], outputs[0]["user_output"]["arg"]["as_tensor"]["name"]
+        self.meta, self.nodes = graph["tensor_values"][self.input], graph["nodes"]
+
+
+def is_check(target: str) -> bool:
+    """Whether a node only holds values against what the exporter knew of them."""
+    return target.removeprefix("torch.ops.aten.").startswith("_assert_")
+
+
+def listed(target: str) -> tuple[str, Operator]:
+    """The name and the meaning of an operator, which must be on the list.
+
+    Of one that changes its argument in place the name is that of its twin that does not.
+    """
+    namespace, _, name = target.removeprefix("torch.ops.").partition(".")
+    if target.startswith("torch.ops.aten."):
+        if name not in VIEWS and name not in OPERATORS:
+            name = name.replace("_.", ".", 1)
+        found = OPERATORS.get(name) or VIEWS.get(name)
+    else:
+        found = QUANTIZED.get(target.removeprefix("torch.ops."))
+    if found is None:
+        raise Unsupported(
+            f"operator {target} is not supported; exported to ONNX, OnnxRuntimeModel runs it without gradients"
+        )
+    return f"{namespace}.{name}", found
+
+
+def argument(given: Mapping[str, Any], read: Callable[[str], Any]) -> Any:
+    """An argument of a node, which may be what `read` finds under the name of a value."""
+    ((kind, content),) = given.items()
+    if kind == "as_tensor":
+        return read(content["name"])
+    if kind == "as_tensors":
+        return [read(each["name"]) for each in content]
+    if kind == "as_sym_int":
+        return _size(content, read)
+    if kind == "as_sym_ints":
+        return [_size(each, read) for each in content]
+    return None if kind == "as_none" else content
+
+
+def _size(content: Mapping[str, Any], read: Callable[[str], Any]) -> Any:
+    if "as_int" in content:
+        return content["as_int"]
+    size = read(content["as_name"])
+    entries = getattr(size, "entries", (None,))
+    return size if entries == (None,) else entries[0]
+
+
+def result_of(node: Mapping[str, Any]) -> str:
+    """The name of a node's first result."""
+    ((kind, out),) = node["outputs"][0].items()
+    return str(out["name"] if kind == "as_tensor" else out["as_name"])
+
+
+class _Import:
+    """One pass over the nodes of the graph, in their order."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        shape, self.declared = _input_shape(program.meta)
         self.assembly = Assembly(shape)
-        self.values[inputs[0]] = self.assembly.input
-        for node in self.graph["nodes"]:
+        self.values: dict[str, Value] = {**program.tensors, program.input: self.assembly.input}
+        self.viewed: set[str] = set()  # names whose memory another value may share
+
+    def run(self) -> fx.GraphModule:
+        for node in self.program.nodes:
             self._node(node)
-        output = outputs[0]["user_output"]["arg"]["as_tensor"]["name"]
-        return self.assembly.finish(self._read(output))
+        return self.assembly.finish(self._read(self.program.output))
 
     def _node(self, node: Mapping[str, Any]) -> None:
         target = str(node["target"])
-        name = target.removeprefix("torch.ops.aten.")
-        if name.startswith("_assert_"):
+        if is_check(target):
             return
-        plain = name.replace("_.", ".", 1)
-        in_place = name not in VIEWS and name not in OPERATORS and plain in OPERATORS
-        name = plain if in_place else name
-        make = OPERATORS.get(name) or VIEWS.get(name)
-        if not target.startswith("torch.ops.aten.") or make is None:
-            raise Unsupported(
-                f"operator {target} is not supported; exported to ONNX, OnnxRuntimeModel runs it without gradients"
-            )
-        arguments = {each["name"]: self._argument(each["arg"]) for each in node["inputs"]}
+        name, make = listed(target)
+        arguments = {each["name"]: argument(each["arg"], self._read) for each in node["inputs"]}
         read = [each["arg"]["as_tensor"]["name"] for each in node["inputs"] if "as_tensor" in each["arg"]]
-        ((kind, out),) = node["outputs"][0].items()
-        result = out["name"] if kind == "as_tensor" else out["as_name"]
+        result = result_of(node)
         try:
             self.values[result] = make(Call(self.assembly, arguments, self.declared))
         except Unsupported as error:
             raise Unsupported(f"node {result!r} ({target}) {error}") from None
-        except (RuntimeError, ArithmeticError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise Unsupported(f"node {result!r} ({target}) does not fit its inputs ({first})") from error
-        if in_place:
+        if target != f"torch.ops.{name}":
             refuse_unless(
                 read[0] not in self.viewed,
                 f"node {result!r} ({target}) changes a value in place that has other names; call "
                 "run_decompositions() on the exported program before saving it",
             )
             del self.values[read[0]]  # the exporter goes on with the new name; the old value is gone
-        if name in VIEWS:
+        if name.removeprefix("aten.") in VIEWS:
             self.viewed |= {*read, result}
-
-    def _argument(self, argument: Mapping[str, Any]) -> Any:
-        ((kind, content),) = argument.items()
-        if kind == "as_tensor":
-            return self._read(content["name"])
-        if kind == "as_tensors":
-            return [self._read(each["name"]) for each in content]
-        if kind == "as_sym_int":
-            return self._size(content)
-        if kind == "as_sym_ints":
-            return [self._size(each) for each in content]
-        return None if kind == "as_none" else content
-
-    def _size(self, content: Mapping[str, Any]) -> Any:
-        if "as_int" in content:
-            return content["as_int"]
-        size = self._read(content["as_name"])
-        entries = getattr(size, "entries", (None,))
-        return size if entries == (None,) else entries[0]
 
     def _read(self, name: str) -> Value:
         refuse_unless(name in self.values, f"{name!r} is read, and nothing computes it before")

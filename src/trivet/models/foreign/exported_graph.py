@@ -285,6 +285,11 @@ def _identity(call: Call) -> Value:
     return call.value("input") if "input" in call.arguments else call.value()
 
 
+def passes_on(operator: Operator) -> bool:
+    """Whether an operator's result is its argument, in networks in eval mode."""
+    return operator is _identity
+
+
 def _activation(make: Callable[[Call], nn.Module]) -> Callable[[Call], Value]:
     return lambda call: call.assembly.layer(make(call), call.flow())
 
