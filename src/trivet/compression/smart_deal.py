@@ -301,7 +301,7 @@ def _worth(layer: nn.Module) -> bool:
 def storage_bits(coefficients: Tensor, basis: Tensor, basis_bits: int = 32) -> int:
     """Bits of factors: non-zeros at ceil(log2(distinct magnitudes)) + 1 each, a bit of map for every entry, the basis.
 
-    The authors' hardware counts 8 bits for an entry of the basis; ours are float32, and counted so.
+    It leaves out the list of the values that 8 bits stand for, which the packed file holds, up to 1 KB for a layer.
     """
     magnitudes = coefficients.abs().unique()
     kinds = int((magnitudes > 0).sum())
