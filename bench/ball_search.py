@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trivet.models.foreign.quantized import Quantize
+from trivet.models.foreign.twinned import Twinned
 from trivet.models.mahalanobis_knn import MahalanobisKnn
 from trivet.statistics import binomial_lower, binomial_upper
 
@@ -147,6 +149,13 @@ class Claim:
         end = torch.where(points < self.x, self.low, self.high)
         return self.inside(torch.where(which == 6, end, points))
 
+    def edges(self, count: int) -> Tensor:
+        """The worst points with some of their numbers moved to the edge of two levels of a file in eight bits."""
+        step = next(each.scale for each in self.model.modules() if isinstance(each, Quantize))
+        points = self.worst.expand(count, *self.worst.shape)
+        which = torch.rand(points.shape, generator=self.draw) < 0.5
+        return self.inside(torch.where(which, ((points / step).floor() + 0.5) * step, points))
+
     def round(self, number: int) -> None:
         if self.smoothed is not None:
             self.vote(self.smoothed, number)
@@ -159,6 +168,8 @@ class Claim:
             self.ask(self.inside(self.x + self.radii[:, None] * away / length))
         else:
             self.ask(self.descend(6, 8))
+        if isinstance(self.model, Twinned):
+            self.ask(self.edges(20))
         self.ask(self.nudge(20))
         if number % 4 == 1:
             self.ask(self.nudge(1), BATCHES[1 + number // 4 % 3])

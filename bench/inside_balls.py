@@ -6,10 +6,12 @@ Each certifier certifies records of scikit-learn's digits on networks trained he
 largest of some radii that it proves. Until the time is up, inputs within those balls are tried: random points, corners
 and surfaces, gradient descent on the margin from many starts, and a rounding search: around the worst point found,
 numbers are moved to their neighbours in floating point, and the network is asked in batches of other sizes, which add
-in other orders. Distances are checked in float64. A try is an input that the network (or the smoothed one) was asked
-about; a violation is one with another answer than the certified, or a tie. Of certificates by sampling an input counts
-as a violation if the votes there contradict the certificate at a confidence of 1 - 1e-9: such certificates may be wrong
-with probability alpha each, all others never. One violation of those is a release blocker; the exit status says so.
+in other orders. Of files in eight bits, which ONNX Runtime answers, edges of the input's levels are tried, too: the
+last bit decides on which of two levels a number there comes to lie. Distances are checked in float64. A try is an input
+that the network (or the smoothed one) was asked about; a violation is one with another answer than the certified, or a
+tie. Of certificates by sampling an input counts as a violation if the votes there contradict the certificate at a
+confidence of 1 - 1e-9: such certificates may be wrong with probability alpha each, all others never. One violation of
+those is a release blocker; the exit status says so.
 
 `flipped_beyond` is the share of balls in which the same search finds another answer at four times the radius: it shows
 that the search finds what there is. Seconds are CPU time.
@@ -18,9 +20,11 @@ that the search finds what there is. Seconds are CPU time.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +45,10 @@ from trivet.certify.vnnlib import Case, Halfspace, Property
 from trivet.data.dataset import Dataset
 from trivet.data.digits import digits
 from trivet.methods import build
+from trivet.models.foreign.export import int8_bytes, onnx_bytes
+from trivet.models.foreign.load import load_model
+from trivet.models.foreign.onnx_runtime import OnnxRuntimeModel
+from trivet.models.foreign.twinned import Twinned
 from trivet.models.mahalanobis_knn import MahalanobisKnn
 from trivet.objectives.objective import Progress
 from trivet.randomness import generator
@@ -111,6 +119,16 @@ def certified(
     )
 
 
+def in_eight_bits(model: nn.Module, data: Dataset) -> Twinned:
+    """The file that is exported of it, answering in its runtime."""
+    batch = data.batch(torch.arange(512)).inputs
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        path.write_bytes(int8_bytes(onnx_bytes(model, tuple(batch.shape[1:])), batch.split(64)))
+        runtime = OnnxRuntimeModel(path)
+        return Twinned(load_model(path), runtime, runtime.conditions).eval()
+
+
 def complete(network: str, model: nn.Module, x: Tensor, seed: int) -> Claim | None:
     """Branch and bound: of each record the largest of some radii that is verified."""
     labels, radii = model(x).argmax(1), torch.zeros(len(x), dtype=torch.float64)
@@ -145,6 +163,18 @@ def claims(data: Dataset, x: Tensor, seed: int) -> Iterator[Claim | None]:
             yield certified("crown", name, Crown(radii, norm=norm), model, x[:20], seed)  # type: ignore[arg-type]
         if name.startswith("relu"):
             yield certified("alpha_crown", name, AlphaCrown(RADII[2:9:2]), model, x[:12], seed)
+    maps = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+    models["convolutions, ibp"] = trained(maps, {"name": "ibp", "ramp": (0.0, 0.5)}, data, seed)
+    for name in ("relu, plain", "relu, ibp", "convolutions, ibp"):
+        file = in_eight_bits(models[name], data)
+        yield certified("ibp", f"{name}, int8 file", Ibp(RADII), file, x, seed)
+        yield certified("crown_ibp", f"{name}, int8 file", CrownIbp(RADII), file, x, seed)
+        for norm, scale in (("Linf", 1.0), ("L2", 4.0), ("L1", 20.0)):
+            radii = tuple(scale * radius for radius in RADII[1::2])
+            yield certified("crown", f"{name}, int8 file", Crown(radii, norm=norm), file, x[:20], seed)  # type: ignore[arg-type]
     yield complete("relu, ibp", models["relu, ibp"], x[:6], seed)
     for k, exact in ((1, True), (5, False)):
         drawn = torch.randn(64, 64, generator=generator(seed, "metric"), dtype=torch.float64) / 8
