@@ -15,12 +15,12 @@ torchao's static quantisation, calibrated on 512 training records), and packed w
 archives in PyTorch, as they are written and compiled by TorchInductor. Archives in eight bits that are not compiled
 only simulate them.
 
-Columns: parameters stored, and multiplications (MACs) of the network with plain kernels; bytes of the file, and of it after zlib; right answers of
-the file on the whole test set, in per cent; bytes by which a fresh process grows that loads the file and answers
-batches of 64 on one thread; and for each batch size and number of threads the median time of a batch in milliseconds,
-its quartiles over rounds, and how many times faster than the dense float32 file in ONNX Runtime, which took its turns
-in the same rounds. A turn is as many passes as fill --turn milliseconds. Compiling is not counted. Times need a machine
-that does nothing else.
+Columns: parameters stored, and multiplications (MACs) of the network with plain kernels; bytes of the file, and of it
+after zlib; right answers of the file on the whole test set, in per cent; bytes by which a fresh process grows that
+loads the file and answers batches of 64 on one thread; and for each batch size and number of threads the median time of
+a batch in milliseconds, its quartiles over rounds, and how many times faster than the dense float32 file in ONNX
+Runtime, which took its turns in the same rounds. A turn is as many passes as fill --turn milliseconds. Compiling is not
+counted. Times need a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def stages_of(way: list[dict[str, Any]], options: Any) -> list[tuple[str, Any]]:
         ((name, settings),) = (step or {"fit": {}}).items()
         given = fit | settings if name == "fit" else settings
         if name in ("prune", "dep_graph"):
-            given = {**given, "exclude": [options.last]}
+            given = {**given, "exclude": ["logits"]}
         made.append((name, build("training", {"name": name, **given})))
     return made
 
@@ -113,7 +113,6 @@ def networks(options: Any, splits: Splits) -> dict[str, nn.Module]:
     first: Any = build(
         "models", spec, input_shape=shape, num_classes=classes, generator=generator(options.seed, "weights")
     )
-    options.last = [name for name, each in first.named_modules() if isinstance(each, nn.Linear)][-1]
     plain = {"objective": "plain", "epochs": options.epochs, "batch_size": 64}
     start = [("fit", build("training", {"name": "fit", **plain, "optimizer": {"name": "adam", "lr": 1e-3}}))]
     found = {}
