@@ -57,7 +57,7 @@ from trivet.training.stage import Stage
 
 DEFAULTS = {
     "mnist": {"eps": 0.1, "train": 6000, "epochs": 6, "points": 2000, "attacked": 500, "smoothed": 500},
-    "cifar10": {"eps": 4 / 255, "train": 6000, "epochs": 4, "points": 1000, "attacked": 300, "smoothed": 300},
+    "cifar10": {"eps": 2 / 255, "train": 10_000, "epochs": 6, "points": 1000, "attacked": 300, "smoothed": 300},
 }
 SETTINGS = ("data", "eps", "train", "epochs", "batch_size", "points", "attacked", "smoothed", "seed")
 """What must be the same for a row to be taken from an earlier run."""
