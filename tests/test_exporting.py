@@ -374,6 +374,7 @@ def test_the_command_exports_and_refuses_in_one_sentence(
     for wrong, sentence in (
         (("--to", "packed", "--int8"), "to=packed does not go with int8"),
         (("--to", "onnx", "--calibrate-on", "digits"), "--calibrate-on goes with --int8"),
+        (("--to", "onnx", "--int8", "--calibrate-on", "digit"), "--calibrate-on digit: data.name: there is no 'digit'"),
         (("--to", "tflite"), "to=tflite must be onnx, pt2 or packed"),
     ):
         assert status(where, *wrong) == 2

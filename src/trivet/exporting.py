@@ -177,7 +177,10 @@ def _calibrating(run: Run, splits: Splits, how: Calibration) -> Iterator[Tensor]
     """Batches of training records drawn without replacement."""
     train = splits.train
     if how.data is not None:
-        train = plan(load("audit", data=how.data)).splits().train
+        try:
+            train = plan(load("audit", data=how.data)).splits().train
+        except TrivetError as error:
+            raise TrivetError(str(error).replace("--data", "--calibrate-on", 1)) from None
         require(
             train.input_shape == splits.test.input_shape,
             f"calibrate_on={how.data} has records of shape {train.input_shape}, and the model takes "
@@ -341,6 +344,9 @@ def _claims(made: Exported, test: Dataset) -> list[Claim]:
 def _timed(each: Measured, common: dict[str, Any]) -> Claim:
     found = each.latency
     where = f"{found.machine}, threads: {found.threads}"
+    differing: tuple[str, ...] = ()
+    if each.disagreements is not None:
+        differing = (f"so run, it labels {each.disagreements} of the test records otherwise than as written",)
     return CostClaim(
         statement=f"Answers a batch of {found.batch_size} in {1e3 * found.median:.3g} ms (median of {found.repeats} "
         f"runs in {each.runtime}) on {where}.",
@@ -348,7 +354,7 @@ def _timed(each: Measured, common: dict[str, Any]) -> Claim:
         unit="ms",
         interval=(1e3 * found.low, 1e3 * found.high),
         obtained={"name": "runtime_latency", "batch_size": found.batch_size, "machine": where},
-        conditions=("the interval spans the quartiles of the runs",),
+        conditions=("the interval spans the quartiles of the runs", *differing),
         measure=f"{each.runtime} latency of a batch of {found.batch_size}",
         **common,
     )

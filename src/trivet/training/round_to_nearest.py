@@ -13,6 +13,7 @@ from trivet.compression.masks import Masks
 from trivet.compression.structure import finish
 from trivet.errors import TrivetError, require
 from trivet.methods import method, spec_of
+from trivet.models.foreign.quiet import quiet
 from trivet.training.stage import Checkpoint, Context, Stage
 
 
@@ -52,7 +53,8 @@ class RoundToNearest(Stage):
     @torch.no_grad()
     def run(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         try:
-            from torchao.quantization import quant_primitives as torchao
+            with quiet():
+                from torchao.quantization import quant_primitives as torchao
         except ImportError:
             raise TrivetError("round_to_nearest needs torchao; pip install 'trivet[pt2]'.") from None
         model = checkpoint.model.to(context.device).eval()
