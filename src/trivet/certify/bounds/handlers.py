@@ -220,13 +220,13 @@ def _on_grid_of(build: Builder, module: Quantize, node: int) -> bool:
         layer, node = step.make(Reader()), step.inputs[0]
         if isinstance(layer, Dequantised):
             before = build.steps[node - 1].make(Reader()) if node else None
-            if not isinstance(before, Levels) or before.step is None or before.first is None or before.last is None:
+            if not isinstance(before, Levels):
                 return False
-            ends = torch.stack((before.first + before.zero, before.last + before.zero)).flatten()
-            scales = {float(each) for each in (module.scale, layer.factor, before.step) if each.numel() == 1}
-            zeros = {float(each) for each in (module.zero, layer.zero, before.zero) if each.numel() == 1}
-            same = ends.tolist() == [module.low, module.high] and len(scales) == len(zeros) == 1
-            return same and module.scale.numel() == layer.factor.numel() == before.step.numel() == 1
+            pairs = ((before.step, before.zero), (layer.factor, layer.zero), (module.scale, module.zero))
+            if any(each is None or each.numel() != 1 for pair in pairs for each in pair):
+                return False
+            ends = [float(before(torch.tensor(end))) for end in (-math.inf, math.inf)]
+            return ends == [module.low, module.high] and len({tuple(map(float, pair)) for pair in pairs}) == 1  # type: ignore[arg-type]
         if not isinstance(layer, (Moving, MaxPool)) or isinstance(layer, Padding):
             return False
     return False

@@ -154,8 +154,12 @@ class Levels(Staircase):
         step = torch.ones_like(self.zero) if self.step is None else self.step
         heights = Interval((output.lower - self.zero) * step, (output.upper - self.zero) * step)
         pulled = super().pull(rows / step, inputs, heights, slope, rounding, steps)
-        constant = inner(rows, self.zero.expand(rows.shape[2:])[None])
-        return Pulled(pulled.rows, pulled.constant + constant)
+        zero = self.zero.expand(rows.shape[2:])[None]
+        constant = pulled.constant + inner(rows, zero)
+        if rounding is not None:
+            error = rounding.backward(0, rows[0, 0].numel() + 4 * steps)
+            constant = constant - inner(rows.abs(), error * zero.abs())
+        return Pulled(pulled.rows, constant)
 
     def _moved(self, before: Interval, rounding: Rounding) -> Tensor:
         step = torch.ones_like(self.zero) if self.step is None else self.step
