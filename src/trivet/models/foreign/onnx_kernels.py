@@ -105,7 +105,9 @@ def conditions_of(content: bytes) -> tuple[str, ...]:
 
 def _require(condition: bool, why: str) -> None:
     if not condition:
-        raise TrivetError(f"bounds are none of what ONNX Runtime answers: {why}.")
+        raise TrivetError(
+            f"bounds are none of what ONNX Runtime answers: {why}; certify by sampling, or leave the certificate out."
+        )
 
 
 def _rewritten(content: bytes) -> Any:
