@@ -1,6 +1,6 @@
 """SmartDeal: how many bits, and how much estimated energy, for how much accuracy; beside other ways to so few bits.
 
-    python bench/smart_deal.py --data digits --threads 1 --rounds 3 --out results/smart-deal-digits.json
+    python bench/smart_deal.py --data digits --threads 1 --rounds 2 --out results/smart-deal-digits.json
     python bench/smart_deal.py --data mnist --threads 1 --rounds 1 --out results/smart-deal-mnist.json
 
 One small CNN, trained naturally and with PGD-7, --epochs each (naturally --natural times as many, here and below);
