@@ -135,6 +135,13 @@ def test_a_grid_that_makes_no_sense_is_refused(
         assert "\n" not in str(caught.value)
 
 
+def test_a_program_for_one_batch_size_answers_for_any(tmp_path: Path) -> None:
+    with quiet():
+        torch.export.save(torch.export.export(Rounded(), (torch.zeros(2, 30),)), tmp_path / "fixed.pt2")
+    x = torch.randn(5, 30)
+    assert torch.equal(ExportedModel(tmp_path / "fixed.pt2")(x), Rounded()(x))
+
+
 def test_what_runs_is_read_without_unpickling_and_tells_its_conditions(rounded: Path) -> None:
     model = ExportedModel(rounded)
     assert "not compiled" in model.conditions()[0]

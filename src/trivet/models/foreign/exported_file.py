@@ -135,7 +135,7 @@ class Program:
 
     Attributes:
         input, output: names of the only ones.
-        meta: type and shape of the input.
+        shape, batch: of one record, and the batch size the file was written with (None: free).
         tensors: parameters, buffers and constants, by the names the nodes have for them.
         nodes: in their order.
     """
@@ -165,7 +165,8 @@ class Program:
             f"it has {len(outputs)} outputs (buffers it changes count), and a classifier in eval mode has one",
         )
         self.input, self.output = inputs[0], outputs[0]["user_output"]["arg"]["as_tensor"]["name"]
-        self.meta, self.nodes = graph["tensor_values"][self.input], graph["nodes"]
+        self.shape, self.batch = _input_shape(graph["tensor_values"][self.input])
+        self.nodes = graph["nodes"]
 
 
 def is_check(target: str) -> bool:
@@ -225,8 +226,7 @@ class _Import:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        shape, self.declared = _input_shape(program.meta)
-        self.assembly = Assembly(shape)
+        self.assembly = Assembly(program.shape)
         self.values: dict[str, Value] = {**program.tensors, program.input: self.assembly.input}
         self.viewed: set[str] = set()  # names whose memory another value may share
 
@@ -244,7 +244,7 @@ class _Import:
         read = [each["arg"]["as_tensor"]["name"] for each in node["inputs"] if "as_tensor" in each["arg"]]
         result = result_of(node)
         try:
-            self.values[result] = make(Call(self.assembly, arguments, self.declared))
+            self.values[result] = make(Call(self.assembly, arguments, self.program.batch))
         except Unsupported as error:
             raise Unsupported(f"node {result!r} ({target}) {error}") from None
         if target != f"torch.ops.{name}":

@@ -40,7 +40,8 @@ class ExportedModel(nn.Module):
 
     Args:
         path: a file ending in `.pt2`.
-        batch_size: compile for batches of this size, to which smaller ones are filled up; None to run as written.
+        batch_size: compile for batches of this size (or the only one that the program takes), to which smaller ones
+            are filled up; None to run as written.
 
     Raises:
         TrivetError: a file that cannot be read, or a compiler that fails; at the call, a request for gradients.
@@ -51,15 +52,17 @@ class ExportedModel(nn.Module):
         path = Path(path)
         require(path.is_file(), f"{path} is no file.")
         require(batch_size is None or batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
-        self.where, self.size = str(path), batch_size
+        self.where = str(path)
         shape = import_exported(path, MAX_BYTES).meta["input_shape"]  # refuses what must not run
         with opened(path, MAX_BYTES) as program:
             self.net: nn.Module = _as_written(program)
-        self.run: Any = self.net if batch_size is None else _compiled(self.net, torch.zeros(batch_size, *shape))
+            self.size: int | None = batch_size if program.batch is None else program.batch
+        self.compiled = batch_size is not None
+        self.run: Any = _compiled(self.net, torch.zeros(self.size or 1, *shape)) if self.compiled else self.net
 
     def conditions(self) -> tuple[str, ...]:
         """Under which bounds of the rebuilt graph are bounds of the answers here."""
-        if self.size is not None:
+        if self.compiled:
             raise TrivetError("bounds are none of what a compiled program answers: it computes on integers.")
         return ("as PyTorch computes the program as it is written, in float32 between its levels; not compiled",)
 
