@@ -82,7 +82,7 @@ class Shipped:
 def data_of(options: Any) -> Splits:
     if options.data != "resnet20":
         splits: Splits = build("data", options.data, expects=Splits)
-        return splits.limited(train=options.train)
+        return splits.limited(train=options.train, test=options.points)
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator(options.seed, "images"))
     noise = Dataset(images, torch.arange(64) % 10, tuple(map(str, range(10))), "noise")
     return Splits(noise, noise)
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--data", choices=sorted(NETWORKS), default="digits")
     parser.add_argument("--epochs", type=int, help="of the common training; each way goes on for half as many")
     parser.add_argument("--train", type=int, help="training records")
+    parser.add_argument("--points", type=int, help="test records; all if left out")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="numbers of threads to time")
     parser.add_argument("--turn", type=float, default=20.0, help="milliseconds of a turn, about")
