@@ -158,16 +158,28 @@ class PerRecord(nn.Module):
 class Tensorization(Compression):
     """Kernels live in Tucker or CP form, and latent components drop out in every forward pass, at test time too.
 
-        W~ = (G x1 diag(lam_1) / keep x2 …) x1 U1 x2 U2 …,   lam_k ~ Bernoulli(keep), new in every pass; E[W~] = W
+        W~ = (G x1 diag(lam_1) / c_1 x2 …) x1 U1 x2 U2 …,   lam_k ~ Bernoulli(keep), new in every pass;   E[W~] = W
 
-    Every pass so has another dense kernel. One draw serves the whole batch. `keep=1` is the deterministic factorised
-    network. Modes with three components or fewer are spared: dropping a mode of the kernel's three rows, or of one
-    input channel, would silence the layer. Trained weights are factorised by the higher-order SVD (exact at rank 1).
-    With `binary`, the signs of W~ at one scale for each output are what the layer uses.
+    Every pass so has another dense kernel: one for the whole batch, as in the paper, or with `per_sample` one for each
+    record, at a few times the cost. At least one component stays, at random where none would; c_k = keep +
+    (1 - keep)^r / r of r components counts that. Modes with three components or fewer are spared: dropping a mode of
+    the kernel's three rows, or of one input channel, would silence the layer. Two dropped modes scatter W~ by
+    (1 / c_1 c_2 - 1) ||W||^2. `keep=1` is the deterministic factorised network. With `binary`, the signs of W~ at one
+    scale for each output are what the layer uses; their mean is not the binary kernel of W.
 
-    No official code exists, and no published figure could be checked. It is a defence that randomness carries: an
-    attack on single draws overstates it, one that averages over draws (EOT) is the measure, and the mean network is a
-    good source of transferred attacks. Nothing is certified. Re-estimate BatchNorm by training at the same `keep`.
+    Weights, trained or fresh, are factorised by the higher-order SVD (exact at rank 1), or into CP terms by alternating
+    least squares with a small ridge, exact to a tenth or two of the norm. Weight decay then is on factors, not on W.
+    BatchNorm's running statistics hold the draws of training; the stage `precise_bn` takes them anew.
+
+    No official code exists, and no published figure could be checked. Nothing is certified. Measured on the digits
+    (`results/tensorization-digits.json`: three convolutions with BatchNorm, l_inf 0.1, PGD-20, 200 records, 2 seeds, 20
+    draws, a kernel for each record): after natural training `keep` 0.95 and 0.9 cost 1.9 and 3.5 points clean, and a
+    vote of 20 gave 0.3 and 1.8 back; draws that all records share differed by up to 18 points (CP 24). Attacks on
+    single draws left 1 to 5 points more than EOT in every Tucker, CP and binary run; points of the mean network left
+    about what EOT left. After natural training EOT left 64.6 and 62.1 %, PGD 62.8 % of the `keep=1` network. On top of
+    PGD-7 training nothing was gained: 83.3 and 77.3 % against 86.8 %; CP terms 81.1 %, binary kernels (one seed)
+    67.8 %, Dropout of channels at test time, without factors, 87.0 %. At rank 1 the factors are more numbers than the
+    kernels.
 
     Attributes:
         form: "tucker" or "cp".
