@@ -48,6 +48,7 @@ audit:
   diagnosis: 0
   explanations: 0
   latency: []
+  leaks: [{name: one_run, canaries: 20}]
 """
 PROMISE = PrivacyClaim(
     statement="(3, 1e-5)-differential privacy.",
@@ -248,6 +249,15 @@ def test_a_compiled_program_is_set_beside_the_file_as_it_is_written(run: Run, mo
     said = "\n".join(exporting.summary(simulated))
     assert "only simulates eight bits" in said
     assert "otherwise than as written" not in said
+
+
+def test_leak_tests_are_left_to_the_audit_of_the_run(run: Run, in_float: exporting.Exported) -> None:
+    asked: dict[str, Any] = {"recipe": None, "data": None, "out": None, "trust_code": False, "device": "cpu"}
+    opened = Target.open(in_float.path, overrides=[], **asked)
+    assert run.plan.audit.leaks
+    assert not opened.plan.audit.leaks
+    with pytest.raises(TrivetError, match="leak tests repeat the training"):
+        api.audit_model(in_float.path, overrides=["audit.leaks=[{name: one_run, canaries: 20}]"])
 
 
 def test_claims_are_about_the_file_and_end_with_its_content(in_eight_bits: exporting.Exported) -> None:

@@ -128,6 +128,11 @@ def audit_model(
     found = Target.open(
         target, recipe=recipe, data=data, overrides=overrides, out=out, trust_code=trust_code, device=device
     )
+    if found.plan.audit.leaks and not found.is_run:
+        raise TrivetError(
+            f"leak tests repeat the training, and {found.name} comes without; audit its run folder, or leave them out "
+            "with --set audit.leaks=[]."
+        )
     folder = found.folder
     with sole_writer(folder.path):
         findings, examples = found.plan.audit.run(
@@ -228,11 +233,6 @@ def _leaks(found: Target, ledger: Ledger) -> tuple[LeakFinding, ...]:
     """What the recipe's leak tests find: they train its model again, on records that they have tampered with."""
     if not found.plan.audit.leaks:
         return ()
-    if not found.is_run:
-        raise TrivetError(
-            f"leak tests repeat the training, and {found.name} comes without; audit its run folder, or leave them out "
-            "with --set audit.leaks=[]."
-        )
     splits = found.plan.splits()
     trainer = StageTrainer(
         found.plan.stages,
