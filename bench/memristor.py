@@ -1,7 +1,8 @@
-"""Networks for memristor crossbars: what is lost for how many crossbars, and when every cell is a little off.
+r"""Networks for memristor crossbars: what is lost for how many crossbars, and when every cell is a little off.
 
     python bench/memristor.py --data digits --threads 1 --rounds 2 --out results/memristor-digits.json
-    python bench/memristor.py --data mnist --threads 1 --rounds 1 --out results/memristor-mnist.json
+    python bench/memristor.py --data mnist --train 3000 --natural 3 --points 500 --threads 1 --rounds 1 \
+        --out results/memristor-mnist.json
 
 One small CNN, trained naturally and with PGD-7, --epochs each (naturally --natural times as many, here and below);
 every row goes on from there, and seeds pair the rows. ADMM draws the blocks of crossbars to zero for --more epochs, and
