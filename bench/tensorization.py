@@ -1,6 +1,6 @@
 """Defensive tensorization: factorised kernels with random components, judged over draws and by averaging attacks.
 
-    python bench/tensorization.py --data digits --threads 1 --rounds 3 --out results/tensorization-digits.json
+    python bench/tensorization.py --data digits --threads 1 --rounds 2 --out results/tensorization-digits.json
     python bench/tensorization.py --data mnist --threads 1 --rounds 1 --out results/tensorization-mnist.json
 
 Three 3x3 convolutions of 16, 32 and 32 channels with BatchNorm and a linear layer. For each seed and each of natural
