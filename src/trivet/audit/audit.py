@@ -54,6 +54,7 @@ from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
 from trivet.threats.hierarchy_pgd import HierarchyPGD
+from trivet.threats.logit_scaled import quantized_battery
 from trivet.threats.square import Square
 from trivet.threats.threat import ThreatModel
 from trivet.threats.wnll_pgd import WnllTransfer, wnll_battery
@@ -73,7 +74,8 @@ class Audit:
             and for all of them together; affine attacks, which mix types, are reported beside it.
         attacks: the battery; none given means PGD-40 with 5 restarts on the cross-entropy and on the margin, and
             AutoAttack, all averaging gradients where the model is randomised, with Square where it has no gradient. To
-            a network with a WNLL head, whose own gradients mislead, `wnll_pgd` and `wnll_transfer` are always added.
+            a network with a WNLL head, whose own gradients mislead, `wnll_pgd` and `wnll_transfer` are always added,
+            and to a quantised one, whose gradients may vanish, `logit_scaled_pgd`.
         points: audit the first so many test records; None for all.
         curve: radii of the reliability curve; None for multiples of the threat's radius and the whole range.
         curve_points: how many of the records are probed for that curve and for signs of gradient masking.
@@ -163,9 +165,11 @@ class Audit:
         first = first.to(device_of(model))
         seen = _behaviour(model, first, data.num_classes)
         checks = masking.of_behaviour(seen) + consistency.of_model(model, first, seen.randomised)
-        # Networks with an interpolating output layer are never judged by their own gradients alone.
+        # Networks whose output layer interpolates, or which are quantised, are never judged by plain gradients alone.
         battery = self.battery(seen)
-        battery += tuple(each for each in wnll_battery(model, self.threat) if each not in battery)
+        beside = wnll_battery(model, self.threat)
+        beside += quantized_battery(model, self.threat, EOT_SAMPLES if seen.randomised else 1)
+        battery += tuple(each for each in beside if each not in battery)
         labels = perturbation_types.labels(self.threat, battery)
         attacks = [sweep.attack(*pair) for pair in zip(battery, labels, strict=True)]
         transferred = [label for label, each in zip(labels, battery, strict=True) if isinstance(each, WnllTransfer)]

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trivet.errors import require
 from trivet.methods import method
+from trivet.models.foreign.quantized import Quantize
 from trivet.threats.attack import Attack, Target
 from trivet.threats.losses import cross_entropy
 from trivet.threats.pgd import ascend
+from trivet.threats.rotation_translation import RotationTranslation
+from trivet.threats.threat import ThreatModel
+
+_LEVELS = 256
 
 
 @method(title="Logit-scaled PGD", paper="Gupta & Ajanthan, AAAI 2022", year=2022, legs="robust")
@@ -66,3 +71,22 @@ class LogitScaledPGD(Attack):
 
 def _scaled_loss(labels: Tensor, temperature: float, logits: Tensor) -> Tensor:
     return cross_entropy(temperature * logits, labels)
+
+
+def quantized_battery(model: nn.Module, threat: ThreatModel, samples: int = 1) -> tuple[Attack, ...]:
+    """What no report on a quantised network may leave out: scaled logits, on each part of `threat`. Else empty.
+
+    Quantised is what rounds its activations, or has a layer whose non-zero weights share 256 values or fewer.
+    """
+    weights = [weight for each in model.modules() if isinstance(weight := getattr(each, "weight", None), Tensor)]
+    rounds = any(isinstance(each, Quantize) for each in model.modules())
+    if not rounds and not any(_on_levels(weight) for weight in weights if weight.ndim > 1):
+        return ()
+    parts = (each for each in threat.members if not isinstance(each, RotationTranslation))
+    return tuple(LogitScaledPGD(each, samples=samples) for each in parts)
+
+
+def _on_levels(weight: Tensor) -> bool:
+    values = weight.detach()[weight.detach() != 0]
+    levels = len(values.unique())
+    return 0 < levels <= _LEVELS and len(values) >= 2 * levels
