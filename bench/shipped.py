@@ -7,15 +7,15 @@
 One network is trained plainly, then goes on to train in four ways for as many epochs: as it is (dense); with half the
 filters of each layer pruned by magnitude and cut out; with half the channels removed by the library Torch-Pruning
 (DepGraph); with its kernels in Tucker form of half the size in each mode. Of that the packed file stores the factors,
-and the others the kernels that they make. The ResNet-20 sees 64 random images once: its weights are good for sizes and
-times alone, and it has no accuracy.
+and the others chains of small layers where these multiply less than the kernel (`compression.chains`). The ResNet-20
+sees 64 random images once: its weights are good for sizes and times alone, and it has no accuracy.
 
 Each of them is written to files: ONNX and torch.export archives, in float32 and in eight bits (by ONNX Runtime's and by
 torchao's static quantisation, calibrated on 512 training records), and packed weights. ONNX files run in ONNX Runtime,
 archives in PyTorch, as they are written and compiled by TorchInductor. Archives in eight bits that are not compiled
 only simulate them.
 
-Columns: parameters stored, and multiplications (MACs) of the network with plain kernels; bytes of the file, and of it
+Columns: parameters stored, and multiplications (MACs) of the network as the files hold it; bytes of the file, and of it
 after zlib; right answers of the file on the whole test set, in per cent; bytes by which a fresh process grows that
 loads the file and answers batches of 64 on one thread; and for each batch size and number of threads the median time of
 a batch in milliseconds, its quartiles over rounds, and how many times faster than the dense float32 file in ONNX
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import harness
+from trivet.compression.chains import chained
 from trivet.compression.cost import cost_of, limited_threads, quartiles
 from trivet.compression.packing import save_packed
 from trivet.compression.runtime import footprint
@@ -134,12 +135,13 @@ def files_of(name: str, model: nn.Module, splits: Splits, folder: Path) -> list[
     shape, train = splits.train.input_shape, splits.train
     batches = [train.batch(part).inputs for part in torch.arange(min(512, len(train))).split(64)]
     place = folder / name.replace(" ", "-")
-    in_onnx = onnx_bytes(model, shape)
+    plain = chained(model, shape)
+    in_onnx = onnx_bytes(plain, shape)
     content = {
         "onnx": in_onnx,
         "onnx int8": int8_bytes(in_onnx, batches),
-        "pt2": pt2_bytes(model, shape),
-        "pt2 int8": pt2_int8_bytes(model, shape, batches),
+        "pt2": pt2_bytes(plain, shape),
+        "pt2 int8": pt2_int8_bytes(plain, shape, batches),
     }
     made = []
     for form, value in content.items():
@@ -211,7 +213,7 @@ def measured(options: Any, folder: Path) -> dict[str, Any]:
     shipped: list[Shipped] = []
     rows: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        parameters, macs = cost_of(model, shape).parameters, cost_of(baked(model), shape).macs
+        parameters, macs = cost_of(model, shape).parameters, cost_of(baked(chained(model, shape)), shape).macs
         for each in files_of(name, model, splits, folder):
             content = each.path.read_bytes()
             told = {"file": each.name, "parameters": parameters, "macs": macs, "bytes": len(content)}

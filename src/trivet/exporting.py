@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trivet.audit.findings import Findings, LatencyFinding
 from trivet.claims import AccuracyClaim, Claim, CostClaim, Ledger, PrivacyClaim, Voided
+from trivet.compression.chains import chained
 from trivet.compression.cost import Latency, measure_latency
 from trivet.compression.packing import save_packed
 from trivet.compression.runtime import COMPILED, SIMULATED, footprint, runner, runtime_latency
@@ -159,6 +160,7 @@ def _write(path: Path, run: Run, model: nn.Module, splits: Splits, to: str, cali
         structure = _structure(run)
         save_packed(path, model.state_dict(), {"history": run.history, "structure": structure})
         return
+    model = chained(model, shape)
     if calibration is None:
         content = onnx_bytes(model, shape) if to == "onnx" else pt2_bytes(model, shape)
     else:

@@ -24,6 +24,33 @@ _AT_ONCE = 2**26
 """Numbers in the kernels of the records that pass a layer together; a quarter of a gigabyte, without gradients."""
 
 
+@dataclass(frozen=True)
+class Links:
+    """A kernel as three: W[o, i, ...] = sum_{s, r} last[o, s] core[s, r, ...] first[r, i].
+
+    Attributes:
+        first, last: [r_in, C_in] and [C_out, r_out].
+        core: [r_out, r_in, ...]; with `depthwise` [R, 1, ...], of a diagonal core what is on the diagonal.
+        depthwise: whether the core is diagonal.
+    """
+
+    first: Tensor
+    core: Tensor
+    last: Tensor
+    depthwise: bool
+
+    def middle(self, first: bool, last: bool) -> Tensor:
+        """The core, with those of `first` and `last` contracted into it that do not stand alone."""
+        core, ones = self.core, (1,) * (self.core.ndim - 2)
+        if not first:
+            spread = self.first.reshape(*self.first.shape, *ones)
+            core = core * spread if self.depthwise else along(core, self.first.mT, 1)
+        if not last:
+            spread = self.last.reshape(*self.last.shape, *ones)
+            core = spread * core.movedim(0, 1) if self.depthwise and first else along(core, self.last, 0)
+        return core
+
+
 class Factorised(WeightMap):
     """What Tucker and CP kernels share: which modes are dropped from, and a draw for each."""
 
@@ -68,6 +95,11 @@ class Tucker(Factorised):
         factors = higher_order_svd(weight.detach(), self.ranks)
         return multiplied(weight.detach(), [u.mT for u in factors]), *factors
 
+    def links(self, core: Tensor, outer: Tensor, inner: Tensor, *others: Tensor) -> Links:
+        for mode, factor in enumerate(others, start=2):
+            core = along(core, factor, mode)
+        return Links(inner.mT, core, outer, depthwise=False)
+
     def forward(self, core: Tensor, *factors: Tensor) -> Tensor:
         return self.shipped(multiplied(core, [self.drawn(u) for u in factors]))
 
@@ -95,6 +127,12 @@ class Cp(Factorised):
         spread = scale ** (1 / weight.ndim)
         return tuple((spread * torch.from_numpy(each.copy())).to(weight) for each in found.factors)
 
+    def links(self, outer: Tensor, inner: Tensor, *others: Tensor) -> Links:
+        core = outer.new_ones(outer.shape[1])
+        for factor in others:
+            core = core.unsqueeze(-2) * factor
+        return Links(inner.mT, core.movedim(-1, 0).unsqueeze(1), outer, depthwise=True)
+
     def forward(self, first: Tensor, *others: Tensor) -> Tensor:
         return self.shipped(summed([self.drawn(first), *others]))
 
@@ -114,8 +152,13 @@ def multiplied(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """core x1 U1 x2 U2 …, each U_k [dim_k, rank_k]."""
     # From the last mode on: those of a kernel's rows and columns are seldom drawn, and so need no copy for each record.
     for mode in reversed(range(len(factors))):
-        core = torch.tensordot(factors[mode], core, ([1], [mode])).movedim(0, mode)
+        core = along(core, factors[mode], mode)
     return core
+
+
+def along(core: Tensor, factor: Tensor, mode: int) -> Tensor:
+    """core x_mode U, U [dim_mode, rank_mode]."""
+    return torch.tensordot(factor, core, ([1], [mode])).movedim(0, mode)
 
 
 def summed(factors: Sequence[Tensor]) -> Tensor:
