@@ -405,7 +405,7 @@ def demo(
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the runs and the report go.")] = "runs/demo",
     as_json: Json = False,
 ) -> None:
-    """Train small networks on scikit-learn's digits in five ways, audit them all, and report: a few minutes."""
+    """Train small networks on scikit-learn's digits in four ways, audit them all, and report: a few minutes."""
     from trivet import api
     from trivet.audit.report import comparison
 
