@@ -48,8 +48,11 @@ def interval(found: Rate) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def amount(value: str, unit: str) -> Html:
-    return tag("td", tag("span", value, class_="figure"), " ", tag("span", unit, class_="small"), class_="number")
+def amount(value: str, unit: str, note: str = "") -> Html:
+    below = tag("div", note, class_="small") if note else ""
+    return tag(
+        "td", tag("span", value, class_="figure"), " ", tag("span", unit, class_="small"), below, class_="number"
+    )
 
 
 def size(file_bytes: int) -> tuple[str, str]:

@@ -37,9 +37,9 @@ def _row(name: str, found: Findings) -> dict[str, Any]:
     if found.certificate is not None:
         headline = found.certificate.at[0]
         row[f"certified, {found.certificate.norm} {headline.radius:g}"] = _percent(headline.accuracy)
-    row["bytes"], packed = found.cost.file_bytes, found.cost.packed_bytes
-    if packed is not None and packed < 0.9 * found.cost.file_bytes:  # of a network that nobody made small there is none
-        row["bytes packed"] = packed
+    row["bytes"] = found.cost.file_bytes
+    if found.cost.made_small is not None:
+        row["bytes packed"] = found.cost.made_small
     if found.cost.latency:
         row["ms"] = float(f"{1e3 * found.cost.latency[0].median:.3g}")
     row["flags"] = ", ".join(check.name for check in found.flags)

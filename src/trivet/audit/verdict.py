@@ -171,7 +171,8 @@ def _row(
         row.append(DASH)
     if private:
         row.append(_privacy_cell(standing(subject)))
-    row.append(amount(*size(found.cost.file_bytes)))
+    small = found.cost.made_small
+    row.append(amount(*size(found.cost.file_bytes), "" if small is None else f"packed {' '.join(size(small))}"))
     first = next(iter(found.cost.latency), None)
     row.append(amount(f"{1e3 * first.median:.3g}", f"ms / {first.batch_size}") if first else DASH)
     return [*row, state(found)]
