@@ -20,7 +20,7 @@ from trivet.models.modes import device_of, evaluating
 from trivet.statistics import Rate
 from trivet.threats.attack import Attack
 from trivet.threats.hierarchy_pgd import HierarchyPGD
-from trivet.threats.rotation_translation import RotationTranslation
+from trivet.threats.rotation_translation import balls
 from trivet.threats.threat import ThreatModel
 
 _RANKS = (1, 5, 10, 20, 100)
@@ -35,7 +35,7 @@ def attacks(threat: ThreatModel, hierarchy: Hierarchy | None, seen: Behaviour, s
     """
     if hierarchy is None or not seen.differentiable:
         return ()
-    members = (member for member in threat.members if not isinstance(member, RotationTranslation))
+    members = balls(threat)
     return tuple(HierarchyPGD(each, hierarchy=hierarchy, samples=samples if seen.randomised else 1) for each in members)
 
 

@@ -14,7 +14,7 @@ from trivet.models.foreign.quantized import Quantize
 from trivet.threats.attack import Attack, Target
 from trivet.threats.losses import cross_entropy
 from trivet.threats.pgd import ascend
-from trivet.threats.rotation_translation import RotationTranslation
+from trivet.threats.rotation_translation import balls
 from trivet.threats.threat import ThreatModel
 
 _LEVELS = 256
@@ -82,11 +82,11 @@ def quantized_battery(model: nn.Module, threat: ThreatModel, samples: int = 1) -
     rounds = any(isinstance(each, Quantize) for each in model.modules())
     if not rounds and not any(_on_levels(weight) for weight in weights if weight.ndim > 1):
         return ()
-    parts = (each for each in threat.members if not isinstance(each, RotationTranslation))
-    return tuple(LogitScaledPGD(each, samples=samples) for each in parts)
+    return tuple(LogitScaledPGD(each, samples=samples) for each in balls(threat))
 
 
 def _on_levels(weight: Tensor) -> bool:
-    values = weight.detach()[weight.detach() != 0]
+    values = weight.detach()
+    values = values[values != 0]
     levels = len(values.unique())
     return 0 < levels <= _LEVELS and len(values) >= 2 * levels

@@ -216,3 +216,8 @@ class RotationTranslationSearch(Attack):
     def succeeds(self, model: Target, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         # Made by the threat's own transforms; to look through all of them again for each find would cost far more.
         return model.misclassifies(x_adv, y)
+
+
+def balls(threat: ThreatModel) -> tuple[ThreatModel, ...]:
+    """The members of `threat` in which gradients can be followed: all but rotations and translations."""
+    return tuple(member for member in threat.members if not isinstance(member, RotationTranslation))

@@ -14,7 +14,7 @@ from trivet.methods import method
 from trivet.models.wnll import THROUGH, Through, head_of, require_head
 from trivet.threats.attack import Attack, Target
 from trivet.threats.pgd import PGD
-from trivet.threats.rotation_translation import RotationTranslation
+from trivet.threats.rotation_translation import balls
 from trivet.threats.threat import ThreatModel
 
 STEPS, RESTARTS = 20, 5
@@ -74,7 +74,6 @@ def wnll_battery(model: nn.Module, threat: ThreatModel) -> tuple[Attack, ...]:
     kinds = {"exact": WnllPGD, "surrogate": WnllPGD, "linear": WnllTransfer, "soft": WnllTransfer}
     return tuple(
         kinds[through](member, STEPS, restarts=RESTARTS, through=through)
-        for member in threat.members
-        if not isinstance(member, RotationTranslation)
+        for member in balls(threat)
         for through in THROUGH
     )
